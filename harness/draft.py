@@ -1,0 +1,121 @@
+"""Drafts: token trees that a method proposes and the target scores in one pass.
+
+Shape letters, here and everywhere: N drafted nodes, M = N + 1 scored positions (the pending token first),
+V vocabulary, D hidden width, T committed tokens, K longest path, L layers, P parents that drew children.
+Scored position 0 is the pending token; drafted node j (1-based) is scored position j. Parents come before children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class Drawn(Enum):
+    """How the siblings under one parent were drawn: it decides the rule that keeps sampling lossless."""
+
+    POINT = "point mass"
+    "deterministic: top-k, lookup; q is one at the drafted token"
+    IID = "iid"
+    "each from q, independently"
+    WITHOUT_REPLACEMENT = "without replacement"
+    "in this order, each from q renormalised without its elder siblings"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tree's shape on one device.
+
+    parents_M[j] is the scored position of j's parent (0 for the root itself); depth_M counts edges from the root;
+    ancestors_MM[j, i] is true where i is j or an ancestor of j. `longest` bounds the depth and is known on the host.
+    """
+
+    parents_M: Tensor
+    depth_M: Tensor
+    ancestors_MM: Tensor
+    longest: int
+    chain: bool = False
+
+
+@lru_cache(maxsize=256)
+def tree(parents: tuple[int, ...], device: torch.device) -> Shape:
+    """The static tree whose node j = 1..N hangs under scored position `parents[j - 1]`. Cached.
+
+    Raises ValueError where a parent does not come before its child.
+    """
+    depth = [0]
+    rows = [{0}]
+    for node, parent in enumerate(parents, start=1):
+        if not 0 <= parent < node:
+            raise ValueError(f"node {node} has parent {parent}: parents must come before their children")
+        depth.append(depth[parent] + 1)
+        rows.append(rows[parent] | {node})
+    size = len(rows)
+    ancestors = torch.zeros(size, size, dtype=torch.bool)
+    for node, row in enumerate(rows):
+        ancestors[node, list(row)] = True
+    return Shape(
+        parents_M=torch.tensor((0, *parents), device=device),
+        depth_M=torch.tensor(depth, device=device),
+        ancestors_MM=ancestors.to(device),
+        longest=max(depth),
+        chain=all(parent == node for node, parent in enumerate(parents)),
+    )
+
+
+def chain(length: int, device: torch.device) -> Shape:
+    """A path of `length` nodes; no mask is needed to score it."""
+    return tree(tuple(range(length)), device)
+
+
+def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:
+    """A tree whose shape was decided on the device (EAGLE-2): built by `longest` gathers, without a copy to the host."""
+    size = parents_N.shape[0] + 1
+    parents_M = torch.cat((parents_N.new_zeros(1), parents_N))
+    nodes_M = torch.arange(size, device=parents_N.device)
+    ancestors_MM = torch.eye(size, dtype=torch.bool, device=parents_N.device)
+    depth_M = torch.zeros_like(nodes_M)
+    above_M = nodes_M
+    for _ in range(longest):
+        depth_M = depth_M + (above_M != 0)
+        above_M = parents_M[above_M]
+        ancestors_MM[nodes_M, above_M] = True
+    return Shape(parents_M, depth_M, ancestors_MM, longest)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens and how they came to be.
+
+    tokens_N are target ids. For sampling, q_PV holds one distribution per parent that drew children (already at the
+    run's temperature, over the target's vocabulary or over `vocabulary_V`, the ids of a smaller draft vocabulary), and
+    row_N the row of q_PV that each node was drawn from. Siblings are distinct unless drawn iid.
+    """
+
+    tokens_N: Tensor
+    shape: Shape
+    drawn: Drawn = Drawn.POINT
+    q_PV: Tensor | None = None
+    row_N: Tensor | None = None
+    vocabulary_V: Tensor | None = None
+    host_syncs: int = field(default=0)
+    "copies to the host that the method needed to decide this draft (an adaptive stop)"
+
+    def __len__(self) -> int:
+        return self.tokens_N.shape[0]
+
+
+def nothing(device: torch.device) -> Draft:
+    """The draft of a round without drafting."""
+    return Draft(torch.empty(0, dtype=torch.long, device=device), chain(0, device))
+
+
+def point_chain(tokens: Sequence[int] | Tensor, device: torch.device) -> Draft:
+    """A chain of tokens chosen without randomness."""
+    tokens_N = torch.as_tensor(tokens, dtype=torch.long, device=device)
+    return Draft(tokens_N, chain(tokens_N.shape[0], device))

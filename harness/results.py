@@ -1,0 +1,243 @@
+"""Result files: `out/<run>/trials.jsonl`, one line a trial, and `out/<run>/manifest.json`, the plan and the host.
+
+Only raw values are stored, in SI units named in the field; every rate is derived in `harness.metrics` when it is read.
+Fields that a newer program wrote are kept: `read_trials` gives the raw dict beside the typed row.
+
+Schema history
+    1   first version
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from harness.errors import UserError
+
+SCHEMA = 1
+
+Outcome = Literal["ok", "oom", "error", "unsupported", "killed"]
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """One row of the plan: method x options x model x bits x runtime x device."""
+
+    method: str
+    options: dict[str, Any] = {}
+    "the method's options, all of them, defaults filled in"
+    label: str
+    "how the user wrote it: `s3d:k=4`; unique together with bits, weights, runtime and device"
+    model: str
+    bits: str
+    "`32` | `16` | `int8:t6` | `nf4`: the outlier threshold is part of the identity"
+    dtype: str
+    weights: str = "base"
+    "`base`, or what a method merged into the target (shared S3D): a different target with a baseline of its own"
+    runtime: str = "eager"
+    device: str
+    "`cuda`, `cpu`, ...; the physical device is in each trial"
+    batch_size: int = 1
+
+    @property
+    def id(self) -> str:
+        """File-safe and unique within a run."""
+        text = "-".join((self.label, self.bits, self.weights, self.runtime, self.device))
+        return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
+
+    @property
+    def target(self) -> tuple[str, str, str, str, str]:
+        """Cells are comparable when this is equal: same model, weights, bits, runtime and device."""
+        return (self.model, self.weights, self.bits, self.runtime, self.device)
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes. A field is absent (None) where the device cannot tell it; nothing is estimated here."""
+
+    load_bytes: int | None = None
+    "allocated after loading the target and the drafter, before the first prompt"
+    peak_allocated_bytes: int | None = None
+    "largest sum of live tensors on the accelerator during the trial"
+    peak_reserved_bytes: int | None = None
+    process_bytes: int | None = None
+    "NVML's figure for the process, device context included"
+    peak_rss_bytes: int | None = None
+    "largest resident set of the process so far: on a CPU, the peak that counts"
+    weights_bytes: int | None = None
+    drafter_bytes: int | None = None
+    cache_bytes: int | None = None
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt's turn decoded once in one cell. A failed trial has an outcome, a reason and no measurements."""
+
+    schema: int = SCHEMA
+    run: str
+    cell: Cell
+    round: int
+    order: int
+    "position of the cell in this round's shuffled order"
+    prompt_set: str
+    prompt_id: str
+    category: str
+    turn: int
+    outcome: Outcome
+    reason: str | None = None
+    lossless: bool = True
+    "what the method promises; a method that is lossy by design says False"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    synthetic: bool = False
+    device_name: str | None = None
+    device_uuid: str | None = None
+    started_unix_seconds: float | None = None
+    prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
+    new_tokens: list[int] | None = None
+    "committed ids after the prompt, up to and including the first end-of-sequence, never past the limit"
+    text: str | None = None
+    token_texts: list[str] | None = None
+    "text piece of each new token, only in round 0"
+    prefill_seconds: float | None = None
+    "prompt forward and the method's own start, to the first token known on the host"
+    decode_seconds: float | None = None
+    "everything after the first token"
+    round_seconds: list[float] | None = None
+    "one per verify pass; sums to decode_seconds but for the loop's own first and last instant"
+    drafted: list[int] | None = None
+    "nodes drafted, one per verify pass"
+    drafted_depth: list[int] | None = None
+    "depth of the deepest drafted node, one per verify pass"
+    accepted: list[int] | None = None
+    "nodes the verdict accepted, one per verify pass, before clipping"
+    committed: list[int] | None = None
+    "tokens that entered the text, one per verify pass, after clipping; sums to len(new_tokens) - 1"
+    host_syncs: int | None = None
+    "device-to-host copies of the decode loop: one a round, and one per adaptive draft step"
+    memory: Memory | None = None
+    energy_joules: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        return (self.cell.id, self.round, self.prompt_id, self.turn)
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True):
+    """What a drafter cost to make, from its checkpoint's metadata."""
+
+    method: str
+    drafter: str
+    "file name"
+    device: str
+    tokens_seen: int
+    data_tokens: int
+    steps: int
+    seconds: float
+    "method's own share of the training steps"
+    shared_seconds: float
+    "target's forward passes, paid once for all methods trained together"
+    data_seconds: float
+    "writing the training text with the target"
+    flops: float
+    peak_allocated_bytes: int | None = None
+    parameters: int
+    file_bytes: int
+    held_out_tau: float | None = None
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """What was planned, where it ran, and how. Everything a reader needs to judge or repeat the run."""
+
+    schema: int = SCHEMA
+    run: str
+    created: str
+    "ISO 8601, UTC"
+    command: list[str]
+    model: str
+    weights_sha256: str | None = None
+    prompt_set: str
+    prompt_set_sha256: str
+    prompts: int
+    turns: int
+    first_answers_sha256: str | None = None
+    cells: list[Cell]
+    rounds: int
+    seed: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int
+    system: str | None = None
+    raw: bool = False
+    isolation: str = "round"
+    executor: str = "local"
+    preliminary: bool = False
+    "true when the defaults chose a small subset: good for a first look, not for publishing"
+    host: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    training: list[Training] = []
+    warnings: list[str] = []
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read."""
+
+    directory: Path
+    manifest: Manifest
+    rows: tuple[Trial, ...]
+    skipped_lines: int
+    "lines that could not be read (a file cut off in the middle of a line)"
+
+
+def append_trial(path: Path, trial: Trial) -> None:
+    """Append one line and make it durable before returning: a killed run loses nothing that was finished."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(trial) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:
+    """Each line as (typed, raw dict); None for a line that is not a trial."""
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            raw = msgspec.json.decode(line)
+            yield msgspec.convert(raw, Trial), raw
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            yield None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace `manifest.json` atomically."""
+    partial = directory / "manifest.json.partial"
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    os.replace(partial, directory / "manifest.json")
+
+
+def read_run(directory: Path | str) -> Run:
+    """Read a run directory. Raises UserError where it is not one or was written by a newer schema."""
+    directory = Path(directory)
+    manifest_path = directory / "manifest.json"
+    if not manifest_path.is_file():
+        raise UserError(f"{directory} is not a run: it has no manifest.json; `python -m harness run` makes one")
+    try:
+        raw = json.loads(manifest_path.read_bytes())
+        if raw.get("schema", 0) > SCHEMA:
+            raise UserError(f"{manifest_path} has schema {raw['schema']}, newer than {SCHEMA}: update the harness")
+        manifest = msgspec.convert(raw, Manifest)
+    except (ValueError, msgspec.ValidationError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{manifest_path} cannot be read: {error}") from error
+    path = directory / "trials.jsonl"
+    rows = list(read_trials(path)) if path.is_file() else []
+    good = tuple(row[0] for row in rows if row is not None)
+    return Run(directory, manifest, good, skipped_lines=sum(row is None for row in rows))

@@ -1,0 +1,246 @@
+"""The walk over transformers' own modules: any subset of sublayers, with taps, explicit positions and an explicit view.
+
+Nothing of a model is re-implemented here but the order of its residual additions, which is checked against
+transformers' own forward for every architecture in `ARCHITECTURES`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.attention import INTERFACE, View, attend_view
+from harness.cache import KVCache
+
+PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
+SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+ARCHITECTURES: dict[str, tuple[str, str | None, str, str | None]] = {
+    "llama": PRE_NORM,
+    "mistral": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": PRE_NORM,
+    "phi3": PRE_NORM,
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+}
+"""model_type -> names of the norms before and after attention, before and after the MLP."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which sublayers a pass runs; a sublayer left out is the identity."""
+
+    attention: frozenset[int]
+    mlp: frozenset[int]
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> Layers:
+        both = frozenset(indices)
+        return cls(both, both)
+
+    @classmethod
+    def ends(cls, front: int, back: int, total: int) -> Layers:
+        """The first `front` and the last `back` of `total` layers."""
+        return cls.of((*range(front), *range(total - back, total)))
+
+    def without(self, attention: Iterable[int], mlp: Iterable[int]) -> Layers:
+        return Layers(self.attention - frozenset(attention), self.mlp - frozenset(mlp))
+
+    @property
+    def indices(self) -> list[int]:
+        """Layers of which anything runs, in order."""
+        return sorted(self.attention | self.mlp)
+
+
+class Trunk:
+    """A causal language model of transformers, opened up.
+
+    Raises ValueError for a model it cannot walk, with the reason.
+    """
+
+    def __init__(self, model: Any) -> None:
+        reason = unsupported(model.config)
+        if reason is not None:
+            raise ValueError(reason)
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(INTERFACE, attend_view)
+        self.model = model
+        self.config = model.config
+        self.body = model.model
+        self.head_module: nn.Module = model.get_output_embeddings()
+        self.layers: list[Any] = list(self.body.layers)
+        self.depth = len(self.layers)
+        self.width: int = self.config.hidden_size
+        self.vocabulary: int = self.head_module.weight.shape[0]  # type: ignore[union-attr,assignment]
+        self.dtype: torch.dtype = self.body.norm.weight.dtype
+        self.device: torch.device = self.body.embed_tokens.weight.device
+        self._norms = ARCHITECTURES[self.config.model_type]
+        self._layer_types: list[str] | None = getattr(self.config, "layer_types", None)
+        # Gemma 3 rotates its sliding and its full layers by different bases.
+        self._rotary_by_type = self.config.model_type == "gemma3_text"
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.windows = _windows(self.config, self.depth)
+        self._set_attention(INTERFACE)
+
+    def _set_attention(self, name: str) -> None:
+        self.config._attn_implementation = name
+
+    def cache(self, capacity: int, *, layers: Iterable[int] | None = None, batch: int = 1) -> KVCache:
+        """An empty cache for `layers` (default: all)."""
+        chosen = range(self.depth) if layers is None else layers
+        width = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
+        return KVCache(
+            {layer: (self.config.num_key_value_heads, width) for layer in chosen},
+            capacity,
+            device={layer: next(self.layers[layer].parameters()).device for layer in chosen},
+            dtype=self.dtype,
+            batch=batch,
+        )
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(.., M) ids -> (.., M, D), scaled as the architecture does."""
+        return self.body.embed_tokens(ids)  # type: ignore[no-any-return]
+
+    def run(
+        self,
+        hidden_BMD: Tensor,
+        positions_M: Tensor,
+        view: View,
+        *,
+        layers: Layers | None = None,
+        taps: Iterable[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the chosen sublayers and the final norm.
+
+        Returns the normed hidden state (B, M, D) and, for each tap i, the input of layer i (i = L: the normed output),
+        numbered as transformers' `hidden_states`. positions_M may also be (B, M).
+        """
+        wanted, tapped = frozenset(taps), {}
+        positions = positions_M if positions_M.dim() == 2 else positions_M[None]
+        turns: dict[str | None, Any] = {}
+        for index in range(self.depth) if layers is None else layers.indices:
+            layer = self.layers[index]
+            if index in wanted:
+                tapped[index] = hidden_BMD
+            kind = self._layer_types[index] if self._rotary_by_type and self._layer_types else None
+            if kind not in turns:
+                arguments = (hidden_BMD, positions) if kind is None else (hidden_BMD, positions, kind)
+                turns[kind] = self.body.rotary_emb(*arguments)
+            if layers is None or index in layers.attention:
+                hidden_BMD = hidden_BMD + self._attention(layer, hidden_BMD, turns[kind], view)
+            if layers is None or index in layers.mlp:
+                hidden_BMD = hidden_BMD + self._mlp(layer, hidden_BMD)
+        hidden_BMD = self.body.norm(hidden_BMD)
+        if self.depth in wanted:
+            tapped[self.depth] = hidden_BMD
+        return hidden_BMD, tapped
+
+    def _attention(self, layer: Any, hidden: Tensor, turn: tuple[Tensor, Tensor], view: View) -> Tensor:
+        before, after, _, _ = self._norms
+        out, _ = layer.self_attn(
+            getattr(layer, before)(hidden), position_embeddings=turn, attention_mask=None, view=view
+        )
+        return out if after is None else getattr(layer, after)(out)  # type: ignore[no-any-return]
+
+    def _mlp(self, layer: Any, hidden: Tensor) -> Tensor:
+        _, _, before, after = self._norms
+        out = layer.mlp(getattr(layer, before)(hidden))
+        return out if after is None else getattr(layer, after)(out)  # type: ignore[no-any-return]
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of normed hidden states, (.., V)."""
+        return self.cap(self.head_module(normed))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The architecture's soft cap on logits, if it has one."""
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def head_rows(self, ids: Tensor | None) -> Tensor:
+        """Rows of the output head, (V', D): the head of a smaller draft vocabulary. The whole head is not copied."""
+        weight: Tensor = self.head_module.weight  # type: ignore[assignment]
+        return weight if ids is None else weight[ids]
+
+
+def unsupported(config: Any) -> str | None:
+    """Why a model with this configuration cannot be walked, or None."""
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        return f"architecture {kind!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}"
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        return f"layers of type {', '.join(sorted(odd))} keep state that cannot be taken back after a rejected draft"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "bidirectional attention cannot decode token by token"
+    return None
+
+
+def _windows(config: Any, depth: int) -> dict[int, int] | None:
+    """Sliding window of each layer that has one."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+    return {i: window for i, kind in enumerate(types) if kind == "sliding_attention"} or None
+
+
+class DraftHead:
+    """The target's output head, whole or cut to the rows of a draft vocabulary.
+
+    `ids_V` are the target ids of the rows (None: all). A cut head is a copy in memory and counts as drafter bytes.
+    """
+
+    def __init__(self, trunk: Trunk, ids_V: Tensor | None) -> None:
+        self.trunk = trunk
+        self.ids_V = None if ids_V is None else ids_V.to(trunk.device, torch.long)
+        self.weight_VD = None if self.ids_V is None else trunk.head_rows(self.ids_V)
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.weight_VD is None or self.ids_V is None else self.weight_VD.nbytes + self.ids_V.nbytes
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """(.., D) -> (.., V')."""
+        if self.weight_VD is None:
+            return self.trunk.head(normed)
+        return self.trunk.cap(torch.nn.functional.linear(normed, self.weight_VD))
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Target ids of rows of the head."""
+        return rows if self.ids_V is None else self.ids_V[rows]
+
+
+def cut_model(trunk: Trunk, layers: int, intermediate: int) -> Any:
+    """A model of the same architecture with few layers and narrower MLPs, sharing the embedding, rotation and head.
+
+    Its layers are random (std 0.02, output projections smaller); its norm is a copy of the original's.
+    """
+    config = copy.deepcopy(trunk.config)
+    config.num_hidden_layers, config.intermediate_size = layers, intermediate
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = type(trunk.model)(config)
+    body = model.model
+    body.layers.to_empty(device=trunk.device)
+    for name, parameter in body.layers.named_parameters():
+        if parameter.dim() > 1:
+            small = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if small else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            # Gemma's norms scale by 1 + weight, all others by weight.
+            nn.init.constant_(parameter, 0.0 if config.model_type.startswith("gemma") else 1.0)
+    body.norm = copy.deepcopy(trunk.body.norm)
+    body.embed_tokens, body.rotary_emb = trunk.body.embed_tokens, trunk.body.rotary_emb
+    model.lm_head = trunk.head_module
+    return model.eval()

@@ -1,0 +1,145 @@
+"""Verification: how far a scored draft is accepted, and which token follows. Pure tensors, no host synchronisation.
+
+Greedy: the deepest path whose tokens equal the target's argmax. Sampling: recursive rejection, which leaves the target's
+distribution unchanged (chain: Leviathan et al. 2023, Chen et al. 2023; siblings: SpecInfer, Sequoia). Typical
+acceptance (Medusa, section 3.3.2) is the one lossy rule. Shape letters are those of `harness.draft`; p is the target, q the draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.draft import Draft, Drawn, Shape
+from harness.sampling import Sampler
+
+
+class Accepted(NamedTuple):
+    """A verdict on the host: accepted nodes (scored positions, root excluded), their tokens and the one that follows."""
+
+    nodes: list[int]
+    tokens: list[int]
+    bonus: int
+
+
+@dataclass
+class Verdict:
+    """On the device: path_K holds the accepted scored positions and tokens_K their tokens, both padded beyond `count`;
+    `last` is the deepest accepted scored position (0: the pending token), `bonus` the next token."""
+
+    path_K: Tensor
+    tokens_K: Tensor
+    count: Tensor
+    last: Tensor
+    bonus: Tensor
+    _host: Accepted | None = None
+
+    def host(self) -> Accepted:
+        """THE device-to-host copy of a round; made once."""
+        if self._host is None:
+            ends = torch.stack((self.count, self.bonus))
+            count, bonus, *rest = torch.cat((ends, self.path_K, self.tokens_K)).tolist()
+            self._host = Accepted(rest[:count], rest[len(rest) // 2 :][:count], bonus)
+        return self._host
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Medusa's typical acceptance: accept x where p(x) > min(epsilon, delta * exp(-entropy)). Lossy."""
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+
+def verify(draft: Draft, logits_MV: Tensor, sampler: Sampler, rule: Typical | None = None) -> Verdict:
+    """Decide a round. `logits_MV` are the target's at the pending token and at every drafted node."""
+    if sampler.greedy:
+        return verify_greedy(draft, logits_MV)
+    p_MV = sampler.distribution(logits_MV)
+    return verify_sampled(draft, p_MV, sampler) if rule is None else verify_typical(draft, p_MV, sampler, rule)
+
+
+def verify_greedy(draft: Draft, logits_MV: Tensor) -> Verdict:
+    best_M = logits_MV.argmax(-1)
+    agrees_N = draft.tokens_N == best_M[draft.shape.parents_M[1:]]
+    last = _deepest(draft.shape, agrees_N)
+    return _verdict(draft, last, best_M[last])
+
+
+def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) -> Verdict:
+    entropy_M = -(p_MV * p_MV.clamp_min(torch.finfo(p_MV.dtype).tiny).log()).sum(-1)
+    threshold_M = (rule.delta * (-entropy_M).exp()).clamp_max(rule.epsilon)
+    parents_N = draft.shape.parents_M[1:]
+    agrees_N = p_MV[parents_N, draft.tokens_N] > threshold_M[parents_N]
+    last = _deepest(draft.shape, agrees_N)
+    return _verdict(draft, last, sampler.draw(p_MV[last].view(1, -1))[0])
+
+
+def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
+    """Walk the nodes once, parents before children, keeping the residual of p at the deepest accepted node.
+
+    A child drawn as x is accepted with probability min(1, r(x) / q(x)) where r is the residual so far. On rejection r
+    becomes norm(max(r - q, 0)) (point mass: r without x) and, for draws without replacement, q loses x and is renormalised.
+    """
+    shape, device = draft.shape, p_MV.device
+    q_PV = _draft_distributions(draft, p_MV)
+    at = torch.zeros((), dtype=torch.long, device=device)
+    residual_V = p_MV[0]
+    uniform_N = sampler.uniform(len(draft), p_MV)
+    for node in range(1, len(draft) + 1):
+        token = draft.tokens_N[node - 1]
+        mine = shape.parents_M[node] == at
+        if q_PV is None:
+            accept = mine & (uniform_N[node - 1] < residual_V[token])
+            left_V = residual_V.clone().index_fill_(0, token.view(1), 0.0)
+        else:
+            assert draft.row_N is not None
+            row = draft.row_N[node - 1]
+            q_V = q_PV[row]
+            accept = mine & (uniform_N[node - 1] * q_V[token] < residual_V[token])
+            left_V = (residual_V - q_V).clamp_min(0.0)
+            if draft.drawn is Drawn.WITHOUT_REPLACEMENT:
+                rest_V = q_V.clone().index_fill_(0, token.view(1), 0.0)
+                q_PV = q_PV.index_copy(0, row.view(1), _normalised(rest_V, q_V).view(1, -1))
+        rejected_V = torch.where(mine, _normalised(left_V, residual_V), residual_V)
+        residual_V = torch.where(accept, p_MV[node], rejected_V)
+        at = torch.where(accept, node, at)
+    return _verdict(draft, at, sampler.draw(residual_V.view(1, -1))[0])
+
+
+def _draft_distributions(draft: Draft, p_MV: Tensor) -> Tensor | None:
+    """q_PV over the target's vocabulary, or None for point masses."""
+    if draft.drawn is Drawn.POINT or len(draft) == 0:
+        return None
+    assert draft.q_PV is not None, "a random draft must say what it was drawn from"
+    q_PV = draft.q_PV.to(p_MV.dtype)
+    if draft.vocabulary_V is None:
+        return q_PV
+    wide_PV = q_PV.new_zeros(q_PV.shape[0], p_MV.shape[1])
+    return wide_PV.index_copy_(1, draft.vocabulary_V, q_PV)
+
+
+def _normalised(weights_V: Tensor, fallback_V: Tensor) -> Tensor:
+    """weights / sum; where nothing is left (p equal to q, up to rounding) the fallback, so that nothing becomes NaN."""
+    total = weights_V.sum()
+    return torch.where(total > 0, weights_V / total.clamp_min(torch.finfo(weights_V.dtype).tiny), fallback_V)
+
+
+def _deepest(shape: Shape, agrees_N: Tensor) -> Tensor:
+    """The scored position of the deepest node all of whose path agrees."""
+    blocked_M = torch.cat((agrees_N.new_zeros(1), ~agrees_N))
+    reached_M = ~(shape.ancestors_MM & blocked_M).any(-1)
+    return torch.where(reached_M, shape.depth_M, -1).argmax()
+
+
+def _verdict(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
+    """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never read as accepted."""
+    shape = draft.shape
+    depths_K = torch.arange(1, shape.longest + 1, device=last.device)
+    on_path_KM = shape.ancestors_MM[last] & (shape.depth_M == depths_K[:, None])
+    path_K = on_path_KM.int().argmax(-1)
+    tokens_M = torch.cat((draft.tokens_N.new_zeros(1), draft.tokens_N))
+    return Verdict(path_K, tokens_M[path_K], shape.depth_M[last], last, bonus)

@@ -1,0 +1,353 @@
+"""EAGLE: one decoder layer over the target's features drafts its own next feature and token, step by step.
+
+EAGLE-3 (Li et al. 2025, arXiv 2503.01840): g = fc([h_low, h_mid, h_high]); a step reads [norm(e), norm(g)], where e embeds
+the next token; its own un-normed output a is the next step's g. EAGLE-1 (2024, arXiv 2401.15077) checkpoints load too:
+the feature is the post-norm hidden state, a step reads fc([e, f]), and the target's head follows without a norm.
+Tree: EAGLE-2 (2024, arXiv 2406.16858): of the k best children of k best leaves keep k, `depth` times, then the best N nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness import drafter as checkpoint
+from harness.attention import CacheView, View, attend, rotary, rotate
+from harness.cache import KVCache
+from harness.draft import Draft, Drawn, chain, dynamic_tree
+from harness.lesson import Lesson
+from harness.method import Method, Options
+from harness.sampling import Sampler
+from harness.target import Scores, Target
+from harness.trunk import DraftHead, Trunk
+from harness.verify import Verdict
+
+
+class EagleOptions(Options, frozen=True, kw_only=True):
+    depth: int = 5
+    "tokens of a chain, or depth of the tree"
+    nodes: int = 0
+    "size of the dynamic tree (EAGLE-2's 59); 0 drafts a chain"
+    branch: int = 8
+    "tree: children tried a leaf, and leaves kept a step"
+    drafter: str | None = None
+    "checkpoint: file, directory or hub id"
+
+
+class Norm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon))).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """The drafting layer. `generation` 1 has no norm before attention and reads width D, 3 has two and reads 2 D."""
+
+    def __init__(self, config: dict[str, Any], generation: int) -> None:
+        super().__init__()
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.head_width = config.get("head_dim") or width // self.heads
+        self.base, epsilon, bias = config["rope_theta"], config["rms_norm_eps"], config.get("attention_bias", False)
+        reads = width if generation == 1 else 2 * width
+        self.fc = nn.Linear((2 if generation == 1 else 3) * width, width, bias=config.get("fc_bias", False))
+        self.q_proj = nn.Linear(reads, self.heads * self.head_width, bias=bias)
+        self.k_proj = nn.Linear(reads, self.kv_heads * self.head_width, bias=bias)
+        self.v_proj = nn.Linear(reads, self.kv_heads * self.head_width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_width, width, bias=False)
+        self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.post_attention_layernorm = Norm(width, epsilon)
+        self.generation = generation
+        if generation == 3:
+            self.hidden_norm, self.input_layernorm = Norm(width, epsilon), Norm(width, epsilon)
+            self.norm = Norm(width, epsilon)
+
+    def features(self, tapped: Tensor) -> Tensor:
+        """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
+        return tapped if self.generation == 1 else self.fc(tapped)  # type: ignore[no-any-return]
+
+    def forward(self, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+        """One step at M positions: un-normed output features (B, M, D)."""
+        if self.generation == 1:
+            residual = read = self.fc(torch.cat((e_BMD, g_BMD), dim=-1))
+        else:
+            residual, read = g_BMD, torch.cat((self.input_layernorm(e_BMD), self.hidden_norm(g_BMD)), dim=-1)
+        residual = residual + self._attention(read, positions_BM, view)
+        x = self.post_attention_layernorm(residual)
+        return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+    def _attention(self, x: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (turn[:, None] for turn in rotary(positions_BM, self.head_width, self.base, q.dtype))
+        keys, values = view.store(0, rotate(k, cos, sin).to(q.dtype), v)
+        causal = view.causal(0)
+        mask = None if causal else view.mask(0, self.heads // self.kv_heads)
+        out = attend(
+            rotate(q, cos, sin), keys, values, mask=mask, causal=causal, scale=1 / math.sqrt(self.head_width)
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def read_out(self, a: Tensor) -> Tensor:
+        """What goes into the output head."""
+        return a if self.generation == 1 else self.norm(a)  # type: ignore[no-any-return]
+
+
+class Eagle(Method):
+    name = "eagle"
+    summary = "a one-layer drafter over the target's features; chain or dynamic tree"
+    source = "Li et al. 2024-2025, arXiv 2401.15077, 2406.16858, 2503.01840"
+    Options = EagleOptions
+    needs_drafter = True
+
+    def __init__(
+        self, target: Target, layer: Layer, head: DraftHead, taps: Sequence[int], options: EagleOptions, sampler: Sampler
+    ) -> None:
+        self.target, self.layer, self.head, self.taps = target, layer, head, taps
+        self.options, self.sampler = options, sampler
+        size = (layer.kv_heads, layer.head_width)
+        self.cache = KVCache({0: size}, target.cache.capacity, device=target.device, dtype=target.trunk.dtype)
+        self.last_1D = torch.empty(0)
+
+    @classmethod
+    def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
+        assert drafter is not None
+        if options.depth < 1:
+            raise ValueError(f"eagle needs depth >= 1, not {options.depth}")
+        layer, head, taps = load_layer(drafter, target.trunk)
+        return cls(target, layer.to(target.device, target.trunk.dtype), head, taps, options, sampler)
+
+    @property
+    def reach(self) -> int:
+        return 2 + self.options.depth + (self.options.nodes and self.options.branch * self.options.depth + self.options.nodes)
+
+    @property
+    def drafter_bytes(self) -> int:
+        return sum(p.nbytes for p in self.layer.parameters()) + self.head.bytes + self.cache.bytes
+
+    def start(self, tokens: Sequence[int], scores: Scores) -> None:
+        self.cache.reset()
+        ids_T = torch.tensor(tokens[1:], device=self.target.device)
+        self.last_1D = self._feed(scores, slice(None), ids_T)[-1:]
+        self.cache.commit(ids_T.shape[0])
+
+    def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
+        """Replace what the drafter imagined by the target's true features of the accepted path."""
+        zero = torch.zeros(1, dtype=torch.long, device=self.target.device)
+        rows_R = torch.cat((zero, verdict.path_K))
+        ids_R = torch.cat((verdict.tokens_K, zero)).index_copy(0, verdict.count.view(1), verdict.bonus.view(1))
+        fed_RD = self._feed(scores, rows_R, ids_R)  # rows beyond the count are padding: never committed
+        self.last_1D = fed_RD[verdict.count].view(1, -1)
+        self.cache.commit(1 + len(verdict.host().nodes))
+
+    def _feed(self, scores: Scores, rows: Any, ids_R: Tensor) -> Tensor:
+        tapped = torch.cat([scores.hidden[tap % (self.target.depth + 1)][rows] for tap in self.taps], dim=-1)
+        return self._step(self.layer.features(tapped), ids_R)
+
+    def _step(
+        self, g_MD: Tensor, ids_M: Tensor, at: int = 0, depth: int | None = None, block_MA: Tensor | None = None
+    ) -> Tensor:
+        """Features after reading ids_M, whose keys go to the slots from `at` beyond the verified ones."""
+        start = self.cache.length + at
+        size = ids_M.shape[0]
+        positions_M = torch.arange(start, start + size, device=g_MD.device)
+        if depth is not None:  # all of one level of a tree
+            positions_M = torch.full_like(positions_M, self.cache.length + depth)
+        view = CacheView(self.cache, start, positions_M, block_MA)
+        embedded = self.target.trunk.embed(ids_M)
+        return self.layer(g_MD[None], embedded[None], positions_M[None], view)[0]  # type: ignore[no-any-return]
+
+    def propose(self, tokens: Sequence[int]) -> Draft:
+        return self._tree() if self.options.nodes else self._chain()
+
+    def _chain(self) -> Draft:
+        a_1D, ids, qs = self.last_1D, [], []
+        for step in range(self.options.depth):
+            if step:
+                a_1D = self._step(a_1D, ids[-1], at=step - 1)
+            logits_1V = self.head.logits(self.layer.read_out(a_1D))
+            if self.sampler.greedy:
+                ids.append(self.head.tokens(logits_1V.argmax(-1)))
+            else:
+                qs.append(self.sampler.distribution(logits_1V))
+                ids.append(self.head.tokens(self.sampler.draw(qs[-1])))
+        shape = chain(self.options.depth, self.target.device)
+        if self.sampler.greedy:
+            return Draft(torch.cat(ids), shape)
+        rows = torch.arange(self.options.depth, device=self.target.device)
+        return Draft(torch.cat(ids), shape, Drawn.IID, torch.cat(qs), rows, self.head.ids_V)
+
+    def _tree(self) -> Draft:
+        """EAGLE-2's expand and rerank. Node 0 is the pending token; a level's nodes see their ancestors only."""
+        branch, device = self.options.branch, self.target.device
+        ids, chances, parents = [], [], []
+        a_BD, chance_B, leaf_B = self.last_1D, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        seen_BA = torch.zeros(branch, 0, dtype=torch.bool, device=device)
+        size = 1
+        for level in range(self.options.depth):
+            log_q = torch.log_softmax(self.head.logits(self.layer.read_out(a_BD)).float(), dim=-1)
+            step_BR, rows_BR = log_q.topk(branch, dim=-1)
+            total_BR = chance_B[:, None] + step_BR
+            ids.append(self.head.tokens(rows_BR).flatten())
+            chances.append(total_BR.flatten())
+            parents.append(leaf_B.repeat_interleave(branch))
+            if level + 1 == self.options.depth:
+                break
+            chance_B, best_B = chances[-1].topk(branch)
+            parent_row_B = best_B // branch
+            seen_BA = seen_BA[parent_row_B] if level else seen_BA
+            seen_BA = torch.cat((seen_BA, torch.eye(branch, dtype=torch.bool, device=device)), dim=1)
+            a_BD = self._step(a_BD[parent_row_B], ids[-1][best_B], at=level * branch, depth=level, block_MA=seen_BA)
+            leaf_B, size = size + best_B, size + ids[-1].shape[0]
+        ids_C, chance_C, parents_C = torch.cat(ids), torch.cat(chances), torch.cat(parents)
+        # A child is never likelier than its parent and comes after it, so the best nodes are closed under parents.
+        keep_N = chance_C.topk(min(self.options.nodes, chance_C.shape[0])).indices.sort().values
+        place_C = torch.zeros(ids_C.shape[0] + 1, dtype=torch.long, device=device)
+        place_C[keep_N + 1] = torch.arange(1, keep_N.shape[0] + 1, device=device)
+        return Draft(ids_C[keep_N], dynamic_tree(place_C[parents_C[keep_N]], self.options.depth))
+
+    @classmethod
+    def trainee(cls, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> EagleTrainee:
+        return EagleTrainee(trunk, options, vocabulary_V)
+
+
+def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, ...]]:
+    """Read an EAGLE-1, EAGLE-3 or speculators checkpoint: (layer, head, taps).
+
+    Ours names its taps and the draft vocabulary's ids; EAGLE-3's own gives `d2t` (target id = row + d2t[row]) and an
+    output head, and taps the inputs of layers 2, L // 2 and L - 3 by convention.
+    """
+    stored, _ = checkpoint.metadata(path)
+    tensors = {name.replace("midlayer.", "layers.0."): t for name, t in checkpoint.tensors(path).items()}
+    config = draft_config(trunk) | {k: v for k, v in _flat(stored).items() if v is not None}
+    generation = 3 if "layers.0.hidden_norm.weight" in tensors else 1
+    config["fc_bias"] = "fc.bias" in tensors
+    config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in tensors
+    layer = Layer(config, generation)
+    state = {re_name: tensors[name] for name in tensors if (re_name := _short(name)) in layer.state_dict()}
+    missing = layer.state_dict().keys() - state.keys()
+    if missing:
+        raise ValueError(f"{path} is no EAGLE checkpoint for this model: it lacks {', '.join(sorted(missing))}")
+    layer.load_state_dict(state)
+    ids = tensors.get("vocabulary")
+    if "d2t" in tensors:
+        ids = torch.arange(tensors["d2t"].shape[0]) + tensors["d2t"]
+    head = DraftHead(trunk, ids)
+    if "lm_head.weight" in tensors:
+        head.weight_VD = tensors["lm_head.weight"].to(trunk.device, trunk.dtype)
+    return layer, head, _taps(stored, trunk.depth, generation)
+
+
+def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...]:
+    if generation == 1:
+        return (depth,)
+    named = stored.get("taps") or stored.get("eagle_aux_hidden_state_layer_ids")
+    if named is None:
+        return (2, depth // 2, depth - 3)
+    # speculators name either the inputs of layers or the layers themselves; a first id of 1 means the latter.
+    shift = 1 if "taps" not in stored and named[0] == 1 else 0
+    return tuple(tap + shift for tap in named)
+
+
+def _flat(stored: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration; speculators keep the layer's under a key of its own, new transformers the base too."""
+    stored = stored | stored.get("transformer_layer_config", {})
+    return stored | {k: v for k, v in (stored.get("rope_parameters") or {}).items() if k == "rope_theta"}
+
+
+def _short(name: str) -> str:
+    for prefix in ("layers.0.self_attn.", "layers.0.mlp.", "layers.0."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def draft_config(trunk: Trunk) -> dict[str, Any]:
+    """A drafting layer of the target's own proportions."""
+    config = trunk.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rms_norm_eps": config.rms_norm_eps,
+    }
+
+
+class EagleTrainee:
+    """EAGLE-3's training-time test: step 0 over the whole text, later steps at the anchors on the drafter's own output."""
+
+    def __init__(self, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None) -> None:
+        self.trunk, self.vocabulary_V, self.steps = trunk, vocabulary_V, options.depth
+        self.taps = (2, trunk.depth // 2, trunk.depth - 3)
+        self.module = Layer(draft_config(trunk), 3).to(trunk.device)
+        self.head = DraftHead(trunk, vocabulary_V)
+
+    def logits(self, lesson: Lesson) -> Tensor:
+        layer, trunk = self.module, self.trunk
+        batch, length = lesson.ids_BT.shape
+        anchors = lesson.anchors_BA.shape[1]
+        g_BTD = layer.features(torch.cat([lesson.hidden[tap] for tap in self.taps], dim=-1))
+        next_BT = torch.cat((lesson.ids_BT[:, 1:], lesson.ids_BT[:, -1:]), dim=1)
+        positions_BT = torch.arange(length, device=trunk.device).expand(batch, -1)
+        view = _Growing()
+        a_BTD = layer(g_BTD, trunk.embed(next_BT), positions_BT, view)
+        a_BAD = lesson.at(a_BTD, -1)  # x_s is read at position s - 1
+        read = [layer.read_out(a_BAD)]
+        before_BAT = torch.arange(length, device=trunk.device) < lesson.anchors_BA[:, :, None]
+        own_BAA = torch.eye(anchors, dtype=torch.bool, device=trunk.device).expand(batch, -1, -1)
+        for step in range(1, self.steps):
+            view.mask_B1QS = torch.cat((before_BAT, *[own_BAA] * step), dim=2)[:, None]
+            embedded = trunk.embed(lesson.at(lesson.ids_BT, step))
+            a_BAD = layer(a_BAD, embedded, lesson.anchors_BA + (step - 1), view)
+            read.append(layer.read_out(a_BAD))
+        return self.head.logits(torch.stack(read, dim=2))
+
+    def config(self) -> dict[str, Any]:
+        return {"taps": list(self.taps), **draft_config(self.trunk)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+        places = {name: "midlayer.self_attn." for name in attention} | {name: "midlayer.mlp." for name in mlp}
+        places |= {name: "midlayer." for name in ("post_attention_layernorm", "hidden_norm", "input_layernorm")}
+        out = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}
+        for name, tensor in self.module.state_dict().items():
+            out[places.get(name.split(".")[0], "") + name] = tensor.bfloat16()
+        return out
+
+
+class _Growing(View):
+    """Keys of the whole text first, then those of each step at the anchors; gradients flow through all of them."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.mask_B1QS: Tensor | None = None
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys.append(keys)
+        self.values.append(values)
+        return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
+
+    def causal(self, layer: int) -> bool:
+        return len(self.keys) == 1
+
+    def mask(self, layer: int, groups: int) -> Tensor | None:
+        return None if self.mask_B1QS is None else self.mask_B1QS.repeat(1, 1, groups, 1)

@@ -1,0 +1,194 @@
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads on the last hidden state guess several tokens ahead, a static tree of
+their best guesses is verified in one pass.
+
+Head i = residual blocks x + SiLU(W x + b), then an output head; it reads the post-norm hidden state h_t of the last
+verified token and predicts t + 2 + i, because the token at t + 1 is already known. Original checkpoints carry an output
+head each; ours share the target's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness import drafter as checkpoint
+from harness.draft import Draft, chain, tree
+from harness.lesson import Lesson
+from harness.method import Method, Options
+from harness.sampling import Sampler
+from harness.target import Scores, Target
+from harness.trunk import DraftHead, Trunk
+from harness.verify import Typical, Verdict
+
+
+class MedusaOptions(Options, frozen=True, kw_only=True):
+    nodes: int = 24
+    "size of the static tree; 0 drafts a chain of the heads' best guesses"
+    heads: int | None = None
+    "heads used; default: all that the checkpoint has (training: 4)"
+    blocks: int = 2
+    "training: residual blocks a head"
+    acceptance: Literal["exact", "typical"] = "exact"
+    "typical: the paper's lossy rule, for temperatures above 0"
+    drafter: str | None = None
+    "checkpoint: file, directory or hub id"
+
+
+class Heads(nn.Module):
+    """i -> residual blocks, with an output head of its own where the checkpoint has one."""
+
+    def __init__(self, count: int, blocks: int, width: int, vocabulary: int | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(blocks)) for _ in range(count))
+        self.outputs = None
+        if vocabulary is not None:
+            self.outputs = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(count))
+
+    def forward(self, hidden: Tensor, head: DraftHead) -> Tensor:
+        """(.., D) -> logits (.., heads, V')."""
+        bent = []
+        for blocks in self.blocks:
+            x = hidden
+            for block in blocks:  # type: ignore[attr-defined]
+                x = x + F.silu(block(x))
+            bent.append(x)
+        if self.outputs is None:
+            return head.logits(torch.stack(bent, dim=-2))
+        return torch.stack([out(x) for out, x in zip(self.outputs, bent, strict=True)], dim=-2)
+
+
+class Medusa(Method):
+    name = "medusa"
+    summary = "heads on the last hidden state, a static tree of their guesses"
+    source = "Cai et al. 2024, arXiv 2401.10774"
+    Options = MedusaOptions
+    needs_drafter = True
+    taps = (-1,)
+
+    def __init__(
+        self, target: Target, heads: Heads, head: DraftHead, choices: list[tuple[int, ...]], rule: Typical | None
+    ) -> None:
+        """`choices` name the tree's nodes by the rank taken at each depth: (0,), (1,), (0, 0), ..."""
+        self.target, self.heads, self.head, self.rule = target, heads, head, rule
+        order = sorted(choices, key=lambda path: (len(path), path))
+        index = {(): 0} | {path: node for node, path in enumerate(order, start=1)}
+        self.shape = tree(tuple(index[path[:-1]] for path in order), target.device)
+        self.depth_N = torch.tensor([len(path) - 1 for path in order], device=target.device)
+        self.rank_N = torch.tensor([path[-1] for path in order], device=target.device)
+        self.ranks = 1 + max(path[-1] for path in order)
+        self.hidden_D: Tensor | None = None
+
+    @classmethod
+    def load(cls, target: Target, options: MedusaOptions, drafter: Path | None, sampler: Sampler) -> Medusa:
+        assert drafter is not None
+        if options.acceptance == "typical" and sampler.greedy:
+            raise ValueError("typical acceptance compares probabilities: give `--temperature` above 0 or drop it")
+        tensors = checkpoint.tensors(drafter)
+        config, _ = checkpoint.metadata(drafter)
+        head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
+        heads = heads_from(tensors, options.heads).to(target.device, target.trunk.dtype)
+        count = len(heads.blocks)
+        accuracy = config.get("rank_accuracy") or [[0.5 * 0.8**i * 0.35**r for r in range(10)] for i in range(count)]
+        paths = best_tree(accuracy[:count], options.nodes) if options.nodes else [(0,) * d for d in range(1, count + 1)]
+        return cls(target, heads, head, paths, Typical() if options.acceptance == "typical" else None)
+
+    @property
+    def reach(self) -> int:
+        return 1 + self.rank_N.shape[0]
+
+    @property
+    def drafter_bytes(self) -> int:
+        return sum(p.nbytes for p in self.heads.parameters()) + self.head.bytes
+
+    def start(self, tokens: Sequence[int], scores: Scores) -> None:
+        self.hidden_D = scores.hidden[self.target.depth][-1].clone()
+
+    def propose(self, tokens: Sequence[int]) -> Draft:
+        assert self.hidden_D is not None
+        logits_HV = self.heads(self.hidden_D, self.head)
+        guesses_HR = self.head.tokens(logits_HV.topk(self.ranks, dim=-1).indices)
+        return Draft(guesses_HR[self.depth_N, self.rank_N], self.shape)
+
+    def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
+        self.hidden_D = scores.hidden[self.target.depth][verdict.last]
+
+    @classmethod
+    def trainee(cls, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> MedusaTrainee:
+        return MedusaTrainee(trunk, options, vocabulary_V)
+
+
+def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
+    """The `nodes` paths most likely to be right, where accuracy[i][r] is how often head i's r-th guess is.
+
+    A path's chance is taken as the product of its guesses' (the paper's section 3.3.3); parents always come first.
+    """
+    queue = [(-accuracy[0][rank], (rank,)) for rank in range(len(accuracy[0]))]
+    heapq.heapify(queue)
+    chosen: list[tuple[int, ...]] = []
+    while queue and len(chosen) < nodes:
+        chance, path = heapq.heappop(queue)
+        chosen.append(path)
+        if len(path) < len(accuracy):
+            for rank, share in enumerate(accuracy[len(path)]):
+                heapq.heappush(queue, (chance * share, (*path, rank)))
+    return chosen
+
+
+def heads_from(tensors: dict[str, Tensor], limit: int | None) -> Heads:
+    """Heads from a checkpoint's tensors: `{i}.{j}.linear.weight|bias` and, with its own output head, `{i}.{last}.weight`.
+
+    The heads are counted from the keys: the config.json of the original checkpoints names fewer than there are.
+    """
+    tensors = {re.sub(r"^medusa_head\.", "", name): tensor for name, tensor in tensors.items()}
+    linear = [re.fullmatch(r"(\d+)\.(\d+)\.linear\.weight", name) for name in tensors]
+    found = [(int(match[1]), int(match[2])) for match in linear if match]
+    if not found:
+        raise ValueError("not a Medusa checkpoint: it has no tensor named `0.0.linear.weight`")
+    count = min(1 + max(i for i, _ in found), limit or 10**6)
+    blocks = 1 + max(j for _, j in found)
+    own = tensors.get(f"0.{blocks}.weight")
+    heads = Heads(count, blocks, tensors["0.0.linear.weight"].shape[0], None if own is None else own.shape[0])
+    state = {
+        f"blocks.{i}.{j}.{part}": tensors[f"{i}.{j}.linear.{part}"]
+        for i in range(count) for j in range(blocks) for part in ("weight", "bias")
+    }  # fmt: skip
+    if own is not None:
+        state |= {f"outputs.{i}.weight": tensors[f"{i}.{blocks}.weight"] for i in range(count)}
+    heads.load_state_dict(state)
+    return heads
+
+
+class MedusaTrainee:
+    """Medusa-1: the target is frozen, only the heads learn."""
+
+    taps = (-1,)
+
+    def __init__(self, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None) -> None:
+        self.options, self.vocabulary_V = options, vocabulary_V
+        self.head = DraftHead(trunk, vocabulary_V)
+        self.module = Heads(options.heads or 4, options.blocks, trunk.width, None).to(trunk.device)
+        for block in (block for blocks in self.module.blocks for block in blocks):  # type: ignore[attr-defined]
+            nn.init.zeros_(block.weight)  # every head starts as the target's own next-token head
+            nn.init.zeros_(block.bias)
+
+    def logits(self, lesson: Lesson) -> Tensor:
+        # The pending token is x_s, so the last verified hidden state is the one at s - 1.
+        hidden_BAD = lesson.at(lesson.hidden[lesson.trunk.depth], -1)
+        return self.module(hidden_BAD, self.head)  # type: ignore[no-any-return]
+
+    def config(self) -> dict[str, Any]:
+        return {"heads": len(self.module.blocks), "blocks": self.options.blocks}
+
+    def tensors(self) -> dict[str, Tensor]:
+        out = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}
+        for name, tensor in self.module.state_dict().items():
+            _, i, j, part = name.split(".")
+            out[f"{i}.{j}.linear.{part}"] = tensor.bfloat16()
+        return out

@@ -1,0 +1,172 @@
+"""S3D: Skippy Simultaneous Speculative Decoding (Zhong & Bharadwaj 2024, arXiv 2405.20314), after the paper's description.
+
+One round:
+    draft   ONE pass of [x_t, M_1 .. M_k] through the first m and the last n layers only; slot 0 gives d_1, mask j gives d_{j+1}
+    verify  [x_t, d_1 .. d_gamma] through all layers, gamma = k + 1
+
+The weights are owned in one of two ways. `gated`: the target is frozen, and mask embeddings and a LoRA on the drafting
+layers are active in the draft pass only, so the output is exactly the target's. `shared` (the paper's): the fine-tuned
+weights ARE the target, no byte is added but the mask embeddings, and the baseline is `ar` on the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness import drafter as checkpoint
+from harness.adapters import LoRA
+from harness.attention import ContextView
+from harness.draft import Draft, Drawn, chain
+from harness.lesson import Lesson
+from harness.method import Method, Options
+from harness.sampling import Sampler
+from harness.target import Target
+from harness.trunk import DraftHead, Layers, Trunk
+
+
+class S3DOptions(Options, frozen=True, kw_only=True):
+    k: int | None = None
+    "mask tokens, so gamma = k + 1 tokens are drafted; default: as many as were trained"
+    keep: tuple[int, int] | None = None
+    "layers that draft, front+back (a checkpoint is trained for one choice, its default)"
+    mode: Literal["gated", "shared"] = "gated"
+    "gated: frozen target, LoRA in the draft pass; shared: the LoRA merged into the target"
+    rank: int = 64
+    "training: rank of the LoRA"
+    drafter: str | None = None
+    "checkpoint: file, directory or hub id"
+
+
+class S3D(Method):
+    name = "s3d"
+    summary = "the target's own outer layers draft several tokens in one pass"
+    source = "Zhong & Bharadwaj 2024, arXiv 2405.20314"
+    Options = S3DOptions
+    needs_drafter = True
+
+    def __init__(
+        self, target: Target, masks_KD: Tensor, layers: Layers, lora: LoRA | None, head: DraftHead, sampler: Sampler
+    ) -> None:
+        self.target, self.masks_KD, self.layers, self.lora, self.head, self.sampler = (
+            target, masks_KD, layers, lora, head, sampler
+        )  # fmt: skip
+
+    @classmethod
+    def target_weights(cls, options: S3DOptions) -> str:
+        return "base" if options.mode == "gated" else cls.name
+
+    @classmethod
+    def deltas(cls, drafter: Path) -> dict[str, Tensor]:
+        tensors = checkpoint.tensors(drafter)
+        names = {name.removesuffix(".a") for name in tensors if name.endswith(".a")}
+        return {
+            f"layers.{name.removeprefix('pairs.').replace('/', '.')}.weight": (
+                tensors[f"{name}.b"].float() @ tensors[f"{name}.a"].float()
+            )
+            for name in names
+        }
+
+    @classmethod
+    def load(cls, target: Target, options: S3DOptions, drafter: Path | None, sampler: Sampler) -> S3D:
+        assert drafter is not None
+        config, _ = checkpoint.metadata(drafter)
+        tensors = checkpoint.tensors(drafter)
+        keep = tuple(config["keep"])
+        if options.keep is not None and options.keep != keep:
+            raise ValueError(f"this s3d drafter was trained to draft with layers {keep[0]}+{keep[1]}: drop `keep`")
+        masks_KD = tensors.pop("masks").to(target.device, target.trunk.dtype)
+        k = masks_KD.shape[0] if options.k is None else options.k
+        if not 0 <= k <= masks_KD.shape[0]:
+            raise ValueError(f"this s3d drafter has {masks_KD.shape[0]} mask tokens: k={k} is out of range")
+        layers = Layers.ends(*keep, target.depth)
+        head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
+        lora = None
+        if options.mode == "gated":
+            lora = LoRA(target.trunk, layers.indices, config["rank"])
+            lora.load_state_dict(tensors)
+            lora.to(target.device, target.trunk.dtype)
+        return cls(target, masks_KD[:k], layers, lora, head, sampler)
+
+    @property
+    def reach(self) -> int:
+        return 2 + self.masks_KD.shape[0]
+
+    @property
+    def drafter_bytes(self) -> int:
+        adapters = 0 if self.lora is None else sum(p.nbytes for p in self.lora.parameters())
+        return self.masks_KD.nbytes + adapters + self.head.bytes
+
+    def propose(self, tokens: Sequence[int]) -> Draft:
+        pending = torch.tensor(tokens[-1:], device=self.target.device)
+        slots = torch.cat((self.target.trunk.embed(pending), self.masks_KD))
+        hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
+        logits = self.head.logits(hidden)
+        shape = chain(logits.shape[0], self.target.device)
+        if self.sampler.greedy:
+            return Draft(self.head.tokens(logits.argmax(-1)), shape)
+        q = self.sampler.distribution(logits)
+        rows = torch.arange(q.shape[0], device=q.device)
+        return Draft(self.head.tokens(self.sampler.draw(q)), shape, Drawn.IID, q, rows, self.head.ids_V)
+
+    @classmethod
+    def trainee(cls, trunk: Trunk, options: S3DOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> S3DTrainee:
+        return S3DTrainee(trunk, options, vocabulary_V, seed_ids)
+
+
+class S3DTrainee:
+    """Mask embeddings and LoRA; groups [x_s, M_1 .. M_k] see the verified positions before s and their own group."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, trunk: Trunk, options: S3DOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> None:
+        self.options, self.trunk, self.vocabulary_V = options, trunk, vocabulary_V
+        self.k = 4 if options.k is None else options.k
+        self.keep = options.keep or (round(trunk.depth * 0.4 / 3), round(trunk.depth * 0.4 * 2 / 3))
+        self.layers = Layers.ends(*self.keep, trunk.depth)
+        self.head = DraftHead(trunk, vocabulary_V)
+        # A mask token starts as the mean of the words that occur, so that the first layers know its scale.
+        mean_D = trunk.embed(seed_ids).float().mean(0)
+        self.lora = LoRA(trunk, self.layers.indices, options.rank)
+        self.masks = nn.Parameter(mean_D.repeat(self.k, 1) + 0.01 * torch.randn(self.k, trunk.width, device=trunk.device))
+        self.module = nn.Module()
+        self.module.lora, self.module.masks = self.lora, self.masks
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups: the few mask embeddings learn faster than the LoRA."""
+        return [{"params": list(self.lora.parameters()), "scale": 1.0}, {"params": [self.masks], "scale": 5.0}]
+
+    def logits(self, lesson: Lesson) -> Tensor:
+        trunk, size = self.trunk, self.k + 1
+        batch, anchors = lesson.anchors_BA.shape
+        roots_BA1D = trunk.embed(lesson.at(lesson.ids_BT, 0))[:, :, None]
+        masks_BAKD = self.masks.to(trunk.dtype).expand(batch, anchors, -1, -1)
+        slots_BQD = torch.cat((roots_BA1D, masks_BAKD), dim=2).flatten(1, 2)
+        offsets = torch.arange(size, device=trunk.device)
+        positions_BQ = (lesson.anchors_BA[:, :, None] + offsets).flatten(1)
+        view = ContextView(lesson.cache, group_mask(lesson.anchors_BA, lesson.ids_BT.shape[1], size))
+        with self.lora.active():
+            hidden_BQD, _ = trunk.run(slots_BQD, positions_BQ, view, layers=self.layers)
+        return self.head.logits(hidden_BQD).unflatten(1, (anchors, size))
+
+    def config(self) -> dict[str, Any]:
+        return {"keep": list(self.keep), "k": self.k, "rank": self.options.rank}
+
+    def tensors(self) -> dict[str, Tensor]:
+        extra = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}
+        lora = {name: tensor.bfloat16() for name, tensor in self.lora.state_dict().items()}
+        return {"masks": self.masks.detach().bfloat16(), **lora, **extra}
+
+
+def group_mask(anchors_BA: Tensor, context: int, size: int) -> Tensor:
+    """(B, 1, A * size, context + A * size): a group sees the context before its anchor and itself, causally."""
+    anchors = anchors_BA.shape[1]
+    query_group = torch.arange(anchors * size, device=anchors_BA.device) // size
+    before_BAT = torch.arange(context, device=anchors_BA.device) < anchors_BA[:, :, None]
+    same_QQ = (query_group[:, None] == query_group).tril()
+    own_BQQ = same_QQ.expand(anchors_BA.shape[0], -1, -1)
+    return torch.cat((before_BAT.repeat_interleave(size, dim=1), own_BQQ), dim=2)[:, None]
