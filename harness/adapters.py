@@ -32,7 +32,7 @@ class LoRA(nn.Module):
             for name, linear in _linears(trunk.layers[layer]):
                 pair = nn.ParameterDict(
                     {
-                        "a": nn.Parameter(torch.randn(rank, linear.in_features, device=trunk.device) / rank**0.5),
+                        "a": nn.Parameter(torch.randn(rank, linear.in_features, device=trunk.device) / linear.in_features**0.5),
                         "b": nn.Parameter(torch.zeros(linear.out_features, rank, device=trunk.device)),
                     }
                 )

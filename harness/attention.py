@@ -39,7 +39,7 @@ class CacheView:
     all. None means causal. `windows` gives the sliding window of the layers that have one, `positions_M` the queries'.
     """
 
-    cache: KVCache
+    cache: KVCache | None
     start: int
     positions_M: Tensor
     block_MA: Tensor | None = None
@@ -53,6 +53,7 @@ class CacheView:
         return self.start == 0 and self.block_MA is None and self._window(layer) is None
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.cache is not None
         return self.cache.write(layer, self.start, keys, values)
 
     def mask(self, layer: int, groups: int) -> Tensor | None:
@@ -88,11 +89,14 @@ class CacheView:
 class ContextView:
     """Training: queries that see a fixed context per layer and one another, without writing anywhere.
 
-    context holds the keys and values of T positions per layer, (B, H, T, d); mask_B1QS covers T + Q keys.
+    context holds the keys and values of positions 0 .. T-1 per layer, (B, H, T, d); mask_B1QS covers T + Q keys, the
+    queries' own at positions_BQ last. `windows` gives the sliding window of the layers that have one.
     """
 
-    context: KVCache
+    context: KVCache | FreshView
     mask_B1QS: Tensor
+    positions_BQ: Tensor
+    windows: dict[int, int] | None = None
 
     def causal(self, layer: int) -> bool:
         return False
@@ -104,7 +108,31 @@ class ContextView:
         )
 
     def mask(self, layer: int, groups: int) -> Tensor:
-        return self.mask_B1QS if groups == 1 else self.mask_B1QS.repeat(1, 1, groups, 1)
+        mask_B1QS, window = self.mask_B1QS, (self.windows or {}).get(layer)
+        if window is not None:
+            context = mask_B1QS.shape[-1] - self.positions_BQ.shape[-1]
+            prefix_T = torch.arange(context, device=mask_B1QS.device).expand(mask_B1QS.shape[0], -1)
+            key_BS = torch.cat((prefix_T, self.positions_BQ), dim=-1)
+            near_BQS = self.positions_BQ[:, :, None] - key_BS[:, None] < window
+            mask_B1QS = mask_B1QS & near_BQS[:, None]
+        return mask_B1QS if groups == 1 else mask_B1QS.repeat(1, 1, groups, 1)
+
+
+@dataclass
+class FreshView(CacheView):
+    """A whole text at once, keeping its keys and values aside instead of in a cache, so that gradients flow through them.
+
+    Made with `cache=None`; afterwards the view itself serves as a ContextView's context.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer], self.values[layer] = keys, values
+        return keys, values
 
 
 def attend(

@@ -72,6 +72,11 @@ class Method:
         return "base"
 
     @classmethod
+    def drafter_name(cls, options: Any) -> str:
+        """File name, without suffix, of the drafter that these options want; see `harness.drafter`."""
+        return cls.name
+
+    @classmethod
     def deltas(cls, drafter: Path) -> dict[str, Tensor]:
         """For a method with merged weights: what is added to each parameter of the target, by name."""
         raise NotImplementedError(cls.name)

@@ -19,6 +19,12 @@ class Sampler:
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"a temperature of {self.temperature} means nothing: give 0 (greedy) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"a top-p of {self.top_p} keeps nothing: give more than 0 and at most 1")
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0

@@ -18,7 +18,7 @@ from torch import Tensor
 from harness.adapters import LoRA
 from harness.attention import INTERFACE, CacheView
 from harness.draft import Draft
-from harness.trunk import Layers, Trunk
+from harness.trunk import Layers, Trunk, horizon
 from harness.verify import Verdict
 
 
@@ -38,7 +38,14 @@ class Target:
     """A causal language model with a preallocated cache, decoding one sequence."""
 
     def __init__(self, model: Any, *, capacity: int) -> None:
+        """Raises ValueError for a model that cannot be walked, or not this far."""
         self.trunk = Trunk(model)
+        longest = horizon(model.config)
+        if longest is not None and capacity > longest:
+            raise ValueError(
+                f"beyond {longest} positions this model rotates old tokens anew, and {capacity} are asked for: give shorter "
+                "prompts or fewer new tokens"
+            )
         self.cache = self.trunk.cache(capacity)
         self.taps: frozenset[int] = frozenset()
 
@@ -152,9 +159,11 @@ class Target:
         return hidden_1MD[0], {tap: hidden[0] for tap, hidden in tapped.items()}
 
     @contextmanager
-    def lent(self, attention: str = "sdpa") -> Iterator[Any]:
+    def lent(self) -> Iterator[Any]:
         """transformers' own model, for its own `generate`, with its own attention and cache."""
-        self.trunk._set_attention(attention)
+        # No sdpa kernel caps attention scores; transformers' refuses to, or in older releases leaves the cap out.
+        capped = getattr(self.trunk.config, "attn_logit_softcapping", None) is not None
+        self.trunk._set_attention("eager" if capped else "sdpa")
         try:
             yield self.trunk.model
         finally:

@@ -181,6 +181,20 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
+def horizon(config: Any) -> int | None:
+    """Positions within which a token is rotated alike in every pass, or None where it always is.
+
+    Beyond them, long-context rotations (`longrope`, `dynamic`) depend on the longest position of the pass, so a draft would
+    change what was already said.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    if not any(part.get("rope_type", "default") in ("longrope", "dynamic") for part in each):
+        return None
+    original: int | None = getattr(config, "original_max_position_embeddings", None)
+    return original or config.max_position_embeddings  # type: ignore[no-any-return]
+
+
 def _windows(config: Any, depth: int) -> dict[int, int] | None:
     """Sliding window of each layer that has one."""
     window = getattr(config, "sliding_window", None)
@@ -191,19 +205,21 @@ def _windows(config: Any, depth: int) -> dict[int, int] | None:
 
 
 class DraftHead:
-    """The target's output head, whole or cut to the rows of a draft vocabulary.
+    """The target's output head, whole or cut to the rows of a draft vocabulary, or a drafter's own.
 
-    `ids_V` are the target ids of the rows (None: all). A cut head is a copy in memory and counts as drafter bytes.
+    `ids_V` are the target ids of the rows (None: all). A head that is not the target's whole one counts as drafter bytes.
     """
 
-    def __init__(self, trunk: Trunk, ids_V: Tensor | None) -> None:
+    def __init__(self, trunk: Trunk, ids_V: Tensor | None, own_VD: Tensor | None = None) -> None:
         self.trunk = trunk
         self.ids_V = None if ids_V is None else ids_V.to(trunk.device, torch.long)
         self.weight_VD = None if self.ids_V is None else trunk.head_rows(self.ids_V)
+        if own_VD is not None:
+            self.weight_VD = own_VD.to(trunk.device, trunk.dtype)
 
     @property
     def bytes(self) -> int:
-        return 0 if self.weight_VD is None or self.ids_V is None else self.weight_VD.nbytes + self.ids_V.nbytes
+        return sum(tensor.nbytes for tensor in (self.weight_VD, self.ids_V) if tensor is not None)
 
     def logits(self, normed: Tensor) -> Tensor:
         """(.., D) -> (.., V')."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from harness import drafter as checkpoint
-from harness.attention import CacheView
+from harness.attention import FreshView
 from harness.draft import Draft, Drawn, chain
-from harness.lesson import Lesson
+from harness.lesson import Distilled, Lesson
 from harness.method import Method, Options
 from harness.sampling import Sampler
 from harness.target import Scores, Target
@@ -109,24 +109,24 @@ class DraftModel(Method):
         return DraftModelTrainee(trunk, options, vocabulary_V)
 
 
-class DraftModelTrainee:
-    """Distils the target into a few layers that read the same embedding and the same head."""
+class DraftModelTrainee(Distilled):
+    """A few layers that read the same embedding and the same head."""
 
-    taps = ()
     depths = 4
 
     def __init__(self, trunk: Trunk, options: DraftModelOptions, vocabulary_V: Tensor | None) -> None:
         self.options, self.vocabulary_V = options, vocabulary_V
         self.intermediate = options.intermediate or trunk.config.intermediate_size // 2
-        self.small = Trunk(cut_model(trunk, options.layers, self.intermediate).float())
+        self.small = Trunk(cut_model(trunk, options.layers, self.intermediate))
         self.head = DraftHead(trunk, vocabulary_V)
-        self.module = torch.nn.ModuleList([*self.small.layers, self.small.body.norm])
+        # Only what is trained becomes float32: the embedding and the head are the target's own.
+        self.module = torch.nn.ModuleList([*self.small.layers, self.small.body.norm]).float()
+        self.module.requires_grad_(True)
 
     def logits(self, lesson: Lesson) -> Tensor:
-        batch, length = lesson.ids_BT.shape
         embedded_BTD = lesson.trunk.embed(lesson.ids_BT)
-        positions_T = torch.arange(length, device=embedded_BTD.device)
-        view = _Fresh(self.small.cache(0, batch=batch), 0, positions_T, None, self.small.windows)
+        positions_T = torch.arange(embedded_BTD.shape[1], device=embedded_BTD.device)
+        view = FreshView(None, 0, positions_T, None, self.small.windows)
         hidden_BTD, _ = self.small.run(embedded_BTD, positions_T, view)
         picked = torch.stack([lesson.at(hidden_BTD, depth) for depth in range(self.depths)], dim=2)
         return self.head.logits(picked)
@@ -139,10 +139,3 @@ class DraftModelTrainee:
         own = {f"layers.{i}.{n}": t for i, layer in enumerate(self.small.layers) for n, t in layer.state_dict().items()}
         own |= {f"norm.{name}": tensor for name, tensor in self.small.body.norm.state_dict().items()}
         return {name: tensor.bfloat16() for name, tensor in own.items()} | extra
-
-
-class _Fresh(CacheView):
-    """A view over the pass's own keys only: training keeps no cache, so that gradients flow."""
-
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return keys, values

@@ -21,7 +21,7 @@ from harness import drafter as checkpoint
 from harness.attention import CacheView, View, attend, rotary, rotate
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, chain, dynamic_tree
-from harness.lesson import Lesson
+from harness.lesson import Distilled, Lesson
 from harness.method import Method, Options
 from harness.sampling import Sampler
 from harness.target import Scores, Target
@@ -71,6 +71,7 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.post_attention_layernorm = Norm(width, epsilon)
         self.generation = generation
+        self.normed_residual = config.get("norm_before_residual", False)  # speculators' name for a variant of EAGLE-3
         if generation == 3:
             self.hidden_norm, self.input_layernorm = Norm(width, epsilon), Norm(width, epsilon)
             self.norm = Norm(width, epsilon)
@@ -84,7 +85,9 @@ class Layer(nn.Module):
         if self.generation == 1:
             residual = read = self.fc(torch.cat((e_BMD, g_BMD), dim=-1))
         else:
-            residual, read = g_BMD, torch.cat((self.input_layernorm(e_BMD), self.hidden_norm(g_BMD)), dim=-1)
+            normed_BMD = self.hidden_norm(g_BMD)
+            residual = normed_BMD if self.normed_residual else g_BMD
+            read = torch.cat((self.input_layernorm(e_BMD), normed_BMD), dim=-1)
         residual = residual + self._attention(read, positions_BM, view)
         x = self.post_attention_layernorm(residual)
         return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
@@ -215,8 +218,9 @@ class Eagle(Method):
             a_BD = self._step(a_BD[parent_row_B], ids[-1][best_B], at=level * branch, depth=level, block_MA=seen_BA)
             leaf_B, size = size + best_B, size + ids[-1].shape[0]
         ids_C, chance_C, parents_C = torch.cat(ids), torch.cat(chances), torch.cat(parents)
-        # A child is never likelier than its parent and comes after it, so the best nodes are closed under parents.
-        keep_N = chance_C.topk(min(self.options.nodes, chance_C.shape[0])).indices.sort().values
+        # A child is never likelier than its parent and comes after it: in a stable order, parents are kept before children.
+        best_C = chance_C.sort(descending=True, stable=True).indices
+        keep_N = best_C[: self.options.nodes].sort().values
         place_C = torch.zeros(ids_C.shape[0] + 1, dtype=torch.long, device=device)
         place_C[keep_N + 1] = torch.arange(1, keep_N.shape[0] + 1, device=device)
         return Draft(ids_C[keep_N], dynamic_tree(place_C[parents_C[keep_N]], self.options.depth))
@@ -238,18 +242,27 @@ def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, .
     generation = 3 if "layers.0.hidden_norm.weight" in tensors else 1
     config["fc_bias"] = "fc.bias" in tensors
     config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in tensors
+    if "layers.0.self_attn.q_proj.weight" in tensors:
+        config["head_dim"] = tensors["layers.0.self_attn.q_proj.weight"].shape[0] // config["num_attention_heads"]
     layer = Layer(config, generation)
-    state = {re_name: tensors[name] for name in tensors if (re_name := _short(name)) in layer.state_dict()}
-    missing = layer.state_dict().keys() - state.keys()
-    if missing:
-        raise ValueError(f"{path} is no EAGLE checkpoint for this model: it lacks {', '.join(sorted(missing))}")
+    wanted = layer.state_dict()
+    state = {_short(name): tensor for name, tensor in tensors.items() if _short(name) in wanted}
+    wrong = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if wrong:
+        raise ValueError(f"{path} is no EAGLE checkpoint for this model: look at its {', '.join(sorted(wrong))}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    known = {*wanted, "rotary_emb.inv_freq"}
+    odd = [name for name in tensors if name.startswith(("layers.", "input_norm")) and _short(name) not in known]
+    if odd or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(
+            f"{path} is a variant of EAGLE that is not known here ({', '.join(odd) or 'scaled rotary positions'}): it would "
+            "draft badly, so it is not loaded"
+        )
     layer.load_state_dict(state)
     ids = tensors.get("vocabulary")
     if "d2t" in tensors:
         ids = torch.arange(tensors["d2t"].shape[0]) + tensors["d2t"]
-    head = DraftHead(trunk, ids)
-    if "lm_head.weight" in tensors:
-        head.weight_VD = tensors["lm_head.weight"].to(trunk.device, trunk.dtype)
+    head = DraftHead(trunk, ids, tensors.get("lm_head.weight"))
     return layer, head, _taps(stored, trunk.depth, generation)
 
 
@@ -291,11 +304,11 @@ def draft_config(trunk: Trunk) -> dict[str, Any]:
     }
 
 
-class EagleTrainee:
+class EagleTrainee(Distilled):
     """EAGLE-3's training-time test: step 0 over the whole text, later steps at the anchors on the drafter's own output."""
 
     def __init__(self, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None) -> None:
-        self.trunk, self.vocabulary_V, self.steps = trunk, vocabulary_V, options.depth
+        self.trunk, self.vocabulary_V, self.depths = trunk, vocabulary_V, options.depth
         self.taps = (2, trunk.depth // 2, trunk.depth - 3)
         self.module = Layer(draft_config(trunk), 3).to(trunk.device)
         self.head = DraftHead(trunk, vocabulary_V)
@@ -313,7 +326,7 @@ class EagleTrainee:
         read = [layer.read_out(a_BAD)]
         before_BAT = torch.arange(length, device=trunk.device) < lesson.anchors_BA[:, :, None]
         own_BAA = torch.eye(anchors, dtype=torch.bool, device=trunk.device).expand(batch, -1, -1)
-        for step in range(1, self.steps):
+        for step in range(1, self.depths):
             view.mask_B1QS = torch.cat((before_BAT, *[own_BAA] * step), dim=2)[:, None]
             embedded = trunk.embed(lesson.at(lesson.ids_BT, step))
             a_BAD = layer(a_BAD, embedded, lesson.anchors_BA + (step - 1), view)

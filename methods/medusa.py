@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness import drafter as checkpoint
 from harness.draft import Draft, chain, tree
-from harness.lesson import Lesson
+from harness.lesson import Distilled, Lesson
 from harness.method import Method, Options
 from harness.sampling import Sampler
 from harness.target import Scores, Target
@@ -165,7 +165,7 @@ def heads_from(tensors: dict[str, Tensor], limit: int | None) -> Heads:
     return heads
 
 
-class MedusaTrainee:
+class MedusaTrainee(Distilled):
     """Medusa-1: the target is frozen, only the heads learn."""
 
     taps = (-1,)
@@ -173,7 +173,8 @@ class MedusaTrainee:
     def __init__(self, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None) -> None:
         self.options, self.vocabulary_V = options, vocabulary_V
         self.head = DraftHead(trunk, vocabulary_V)
-        self.module = Heads(options.heads or 4, options.blocks, trunk.width, None).to(trunk.device)
+        self.depths = options.heads or 4
+        self.module: Heads = Heads(self.depths, options.blocks, trunk.width, None).to(trunk.device)
         for block in (block for blocks in self.module.blocks for block in blocks):  # type: ignore[attr-defined]
             nn.init.zeros_(block.weight)  # every head starts as the target's own next-token head
             nn.init.zeros_(block.bias)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from harness import drafter as checkpoint
 from harness.adapters import LoRA
-from harness.attention import ContextView
+from harness.attention import ContextView, FreshView
+from harness.cache import KVCache
 from harness.draft import Draft, Drawn, chain
-from harness.lesson import Lesson
+from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Options
 from harness.sampling import Sampler
 from harness.target import Target
@@ -58,7 +59,11 @@ class S3D(Method):
 
     @classmethod
     def target_weights(cls, options: S3DOptions) -> str:
-        return "base" if options.mode == "gated" else cls.name
+        return "base" if options.mode == "gated" else cls.drafter_name(options)
+
+    @classmethod
+    def drafter_name(cls, options: S3DOptions) -> str:
+        return cls.name if options.mode == "gated" else f"{cls.name}-shared"
 
     @classmethod
     def deltas(cls, drafter: Path) -> dict[str, Tensor]:
@@ -75,6 +80,8 @@ class S3D(Method):
     def load(cls, target: Target, options: S3DOptions, drafter: Path | None, sampler: Sampler) -> S3D:
         assert drafter is not None
         config, _ = checkpoint.metadata(drafter)
+        if config["mode"] != options.mode:
+            raise ValueError(f"{drafter} was trained for mode={config['mode']}: say so, or name another drafter")
         tensors = checkpoint.tensors(drafter)
         keep = tuple(config["keep"])
         if options.keep is not None and options.keep != keep:
@@ -118,14 +125,13 @@ class S3D(Method):
         return S3DTrainee(trunk, options, vocabulary_V, seed_ids)
 
 
-class S3DTrainee:
+class S3DTrainee(Distilled):
     """Mask embeddings and LoRA; groups [x_s, M_1 .. M_k] see the verified positions before s and their own group."""
-
-    taps: tuple[int, ...] = ()
 
     def __init__(self, trunk: Trunk, options: S3DOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> None:
         self.options, self.trunk, self.vocabulary_V = options, trunk, vocabulary_V
         self.k = 4 if options.k is None else options.k
+        self.depths = self.k + 1
         self.keep = options.keep or (round(trunk.depth * 0.4 / 3), round(trunk.depth * 0.4 * 2 / 3))
         self.layers = Layers.ends(*self.keep, trunk.depth)
         self.head = DraftHead(trunk, vocabulary_V)
@@ -141,6 +147,25 @@ class S3DTrainee:
         return [{"params": list(self.lora.parameters()), "scale": 1.0}, {"params": [self.masks], "scale": 5.0}]
 
     def logits(self, lesson: Lesson) -> Tensor:
+        return self._draft(lesson, lesson.cache if self.options.mode == "gated" else self._whole(lesson)[1])
+
+    def loss(self, lesson: Lesson) -> Tensor:
+        """Shared weights learn to draft and, at full depth, to stay what they were."""
+        if self.options.mode == "gated":
+            return distil(self._draft(lesson, lesson.cache), lesson)
+        hidden_BTD, context = self._whole(lesson)
+        verify_BAKD = torch.stack([lesson.at(hidden_BTD, depth) for depth in range(self.depths)], dim=2)
+        return distil(self._draft(lesson, context), lesson) + distil(self.head.logits(verify_BAKD), lesson)
+
+    def _whole(self, lesson: Lesson) -> tuple[Tensor, FreshView]:
+        """The fine-tuned target at full depth: hidden states, and the keys and values that drafting reads."""
+        positions_T = torch.arange(lesson.ids_BT.shape[1], device=self.trunk.device)
+        view = FreshView(None, 0, positions_T, None, self.trunk.windows)
+        with self.lora.active():
+            hidden_BTD, _ = self.trunk.run(self.trunk.embed(lesson.ids_BT), positions_T, view)
+        return hidden_BTD, view
+
+    def _draft(self, lesson: Lesson, context: KVCache | FreshView) -> Tensor:
         trunk, size = self.trunk, self.k + 1
         batch, anchors = lesson.anchors_BA.shape
         roots_BA1D = trunk.embed(lesson.at(lesson.ids_BT, 0))[:, :, None]
@@ -148,13 +173,14 @@ class S3DTrainee:
         slots_BQD = torch.cat((roots_BA1D, masks_BAKD), dim=2).flatten(1, 2)
         offsets = torch.arange(size, device=trunk.device)
         positions_BQ = (lesson.anchors_BA[:, :, None] + offsets).flatten(1)
-        view = ContextView(lesson.cache, group_mask(lesson.anchors_BA, lesson.ids_BT.shape[1], size))
+        mask_B1QS = group_mask(lesson.anchors_BA, lesson.ids_BT.shape[1], size)
+        view = ContextView(context, mask_B1QS, positions_BQ, trunk.windows)
         with self.lora.active():
             hidden_BQD, _ = trunk.run(slots_BQD, positions_BQ, view, layers=self.layers)
         return self.head.logits(hidden_BQD).unflatten(1, (anchors, size))
 
     def config(self) -> dict[str, Any]:
-        return {"keep": list(self.keep), "k": self.k, "rank": self.options.rank}
+        return {"keep": list(self.keep), "k": self.k, "rank": self.options.rank, "mode": self.options.mode}
 
     def tensors(self) -> dict[str, Tensor]:
         extra = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}

@@ -1,0 +1,101 @@
+"""Child processes that report to their parent in JSON lines: what they say, and both ends of the pipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from harness.results import Outcome
+from harness.weights import ModelSource
+
+
+class Preparing(msgspec.Struct, frozen=True, tag=True):
+    """Something that takes its time before the first cell; the fraction is None where it is not known."""
+
+    step: str
+    fraction: float | None = None
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    weights_sha256: str
+    first_answers_sha256: str | None
+    sources: dict[str, ModelSource]
+    "where the weights of each `Cell.weights` are"
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The user can put this right."""
+
+    message: str
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """A cell's turn in a round."""
+
+    label: str
+    bits: str
+    round: int
+    order: int
+    trials: int
+    "how many are left to do in it"
+
+
+class Left(msgspec.Struct, frozen=True, tag=True):
+    """How many trials this run still has to make."""
+
+    trials: int
+
+
+class Decoded(msgspec.Struct, frozen=True, tag=True):
+    """One more trial is in the file, or several that failed together."""
+
+    outcome: Outcome
+    trials: int = 1
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    reason: str | None = None
+
+
+Event = Preparing | Prepared | Refused | Left | Started | Decoded
+Emit = Callable[[Event], None]
+
+
+def to_parent() -> Emit:
+    """In the child: take stdout for events; whatever else is printed goes to stderr, which is the log."""
+    lines = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+
+    def emit(event: Event) -> None:
+        lines.write(msgspec.json.encode(event) + b"\n")
+
+    return emit
+
+
+def run(module: str, argument: Path, log: Path, on_event: Emit) -> int:
+    """In the parent: run `python -m module argument` to its end; its exit status, negative for a signal.
+
+    A child does not see Ctrl-C, which reaches us, and is stopped when we leave.
+    """
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(argument)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                on_event(msgspec.json.decode(line, type=Event))
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            process.stdout.close()

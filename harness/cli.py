@@ -1,0 +1,174 @@
+"""The command line, and the only module that knows methods and reports. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.plan import Plan, Request
+
+
+app = App(
+    name="python -m harness",
+    help="Measure speculative decoders: speed, memory, acceptance, and whether the output is still the target's.",
+    version=lambda: version("spec-harness"),
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit status. A user's mistake is one line on stderr, a bug keeps its traceback."""
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        print("harness:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("harness:", stop if str(stop) else "interrupted", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _flag(help: str) -> Parameter:
+    return Parameter(help=help, negative="")
+
+
+@app.command(group_parameters="Options")
+def run(
+    *,
+    methods: Annotated[str | None, Parameter(help="Decoders with options: `s3d:k=4:keep=3+7,eagle`.")] = None,
+    bits: Annotated[str | None, Parameter(help="Precisions: 32, 16, 8 (8:t0 sets LLM.int8's threshold), 4.")] = None,
+    model: Annotated[str | None, Parameter(help="Hub id or directory; default: a small chat model.")] = None,
+    prompts: Annotated[str | None, Parameter(help="standard, quick, a JSONL file, or hf:org/name.")] = None,
+    limit: Annotated[int | None, Parameter(help="So many prompts, spread over the categories.")] = None,
+    max_new_tokens: Annotated[int | None, Parameter(help="Length of an answer; 32 on a CPU, else 128.")] = None,
+    rounds: Annotated[int | None, Parameter(help="Fresh processes for each cell; 1 on a CPU, else 3.")] = None,
+    temperature: Annotated[float | None, Parameter(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, Parameter(help="Sample from this much of the probability mass.")] = None,
+    seed: Annotated[int | None, Parameter(help="Of sampling and of the order of cells.")] = None,
+    out: Annotated[str | None, Parameter(help="Directory of the run; an unfinished one goes on.")] = None,
+    config: Annotated[Path | None, Parameter(help="TOML file with these options; the command line wins.")] = None,
+    device: Annotated[str | None, Parameter(help="auto, cuda, xpu, mps or cpu.")] = None,
+    dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
+    system: Annotated[str | None, Parameter(help="System message.")] = None,
+    raw: Annotated[bool | None, _flag("Give prompts as they are, without the chat template.")] = None,
+    runtime: Annotated[str | None, Parameter(help="eager.")] = None,
+    dry_run: Annotated[bool, _flag("Print the plan and stop.")] = False,
+    trust_remote_code: Annotated[bool | None, _flag("Run code that comes with the model.")] = None,
+) -> int:
+    """Measure decoders and write a report."""
+    asked = {name: value for name, value in locals().items() if name not in ("config", "dry_run")}
+    from harness import terminal
+    from harness.plan import read_request
+
+    from_file = {} if config is None else _toml(config)
+    read_request(from_file, str(config))
+    request = read_request(from_file | {name: value for name, value in asked.items() if value is not None})
+    plan = make_plan(request)
+    terminal.show_plan(plan)
+    return 0 if dry_run else _show_result(carry_out(plan, request.out))
+
+
+@app.command
+def report(directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")], /) -> None:
+    """Write the HTML page of a run anew."""
+    print(write_report(directory))
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Show methods with their options, prompt sets and models."""
+    import prompts
+    from harness import terminal
+
+    terminal.show_list(prompts.available())
+
+
+@app.command
+def doctor(*, hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can be reached.")] = False) -> None:
+    """Say what this machine can run, and why not."""
+    from harness import host, terminal
+
+    terminal.show_checks(host.checks(ask_hub=hub))
+
+
+app.command("harness.train.command:train", name="train", help="Make drafters for a model that has none.")
+
+
+# --- the pieces, put together -----------------------------------------------------------------------------------------
+
+
+def make_plan(request: Request) -> Plan:
+    """Raises UserError."""
+    import prompts
+    from harness import host, weights
+    from harness.plan import plan
+
+    device = host.choose_device(request.device)
+    try:
+        prompt_set = prompts.load(request.prompts, limit=request.limit)
+    except ValueError as error:  # its texts are meant for the user
+        raise UserError(str(error)) from error
+    return plan(request, source=weights.resolve(request.model), device=device, prompt_set=prompt_set)
+
+
+def carry_out(plan: Plan, out: str | None, command: Sequence[str] | None = None) -> Path:
+    """Run a plan with live progress, and write its report; the directory."""
+    from harness import runner, terminal
+
+    said = ["python", "-m", "harness", *sys.argv[1:]] if command is None else list(command)
+    directory = Path(out).expanduser() if out is not None else runner.default_directory(plan)
+    try:
+        with terminal.progress(plan) as on_event:
+            runner.execute(plan, directory, on_event, command=said)
+    except KeyboardInterrupt:
+        again = said if "--out" in said or command is not None else [*said, "--out", str(directory)]
+        raise KeyboardInterrupt(f"interrupted; `{shlex.join(again)}` goes on where it stopped") from None
+    write_report(directory)
+    return directory
+
+
+def measure(given: Mapping[str, Any]) -> Path:
+    """`harness.run`: options by name to the directory of a finished run."""
+    from harness.plan import read_request
+
+    request = read_request(given)
+    return carry_out(make_plan(request), request.out, [f"harness.run(**{dict(given)!r})"])
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into a run; its path."""
+    from harness.results import read_run
+    from reports import page
+
+    return page.write(read_run(directory))
+
+
+def _show_result(directory: Path) -> int:
+    """Table and paths; exit status 1 where nothing could be measured."""
+    from harness import metrics, terminal
+    from harness.results import read_run
+    from reports import tables
+
+    run = read_run(directory)
+    terminal.show_result(run, tables.rich_table(metrics.summary(run)))
+    return 0 if any(row.outcome == "ok" for row in run.rows) else 1
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None

@@ -1,0 +1,47 @@
+"""From a prompt's turns to token ids, and from new tokens back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+from harness.errors import UserError
+
+
+def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, system: str | None, raw: bool) -> list[int]:
+    """Ids of `turns` with `answers` between them (one less), ready for the next answer.
+
+    `raw` leaves the chat template out. Raises UserError for a tokenizer that has none.
+    """
+    if raw:
+        said = chain.from_iterable(zip_longest(turns, answers, fillvalue=""))
+        return list(tokenizer("\n\n".join(text for text in said if text)).input_ids)
+    if tokenizer.chat_template is None:
+        raise UserError("this model's tokenizer has no chat template: add --raw to give it the prompts as they are")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn, answer in zip_longest(turns, answers):
+        messages.append({"role": "user", "content": turn})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """One text a token, which join to `decode(tokens)`; a token in the middle of a character gives an empty one."""
+    done, text = "", ""
+    parts = []
+    for count in range(1, len(tokens) + 1):
+        text = decode(tokenizer, tokens[:count])
+        whole = text.startswith(done) and (count == len(tokens) or not text.endswith("\ufffd"))
+        parts.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    if done != text:  # a decoder that rewrites what it said before
+        return [*[""] * (len(tokens) - 1), text]
+    return parts

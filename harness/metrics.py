@@ -1,0 +1,494 @@
+"""Every derived number, in one place: `trial_frame` gives one row a trial, `summary` one `Row` a cell.
+
+A failed trial has an outcome and a reason, and gives no number to anything here. A speed is a sum of tokens over a sum
+of seconds; a speed-up pairs trials with the autoregressive cell on the same target.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+import pandas as pd
+
+from harness.results import Cell, Memory, Run, Trial
+from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
+
+GIB = 2**30
+BASELINE = "ar"
+REPEAT_NGRAM = 9
+SAME_MEMORY_SHARE = 0.005
+"peaks closer than this are the allocator's noise: no ratio is taken over so small an extra"
+
+VerdictKind = Literal[
+    "reference",
+    "identical",
+    "differs",
+    "near_tie_not_excluded",
+    "not_testable",
+    "lossy_by_design",
+    "sampled",
+    "no_pairs",
+]
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Trials of one cell that failed in the same way."""
+
+    outcome: str
+    reason: str | None
+    trials: int
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class DepthAcceptance(msgspec.Struct, frozen=True, kw_only=True):
+    """P(depth accepted | the depth above accepted), over the verify passes that drafted this deep."""
+
+    depth: int
+    drafted: int
+    "passes that drafted this depth"
+    passes: int
+    "all passes of the cell"
+    reached: int
+    "passes that drafted this depth and accepted the one above"
+    accepted: int
+    prompt_mean: float | None
+    "mean of the per-prompt probabilities, each prompt weighing the same"
+
+    @property
+    def probability(self) -> float | None:
+        return self.accepted / self.reached if self.reached else None
+
+
+class CategorySpeedup(msgspec.Struct, frozen=True, kw_only=True):
+    category: str
+    prompts: int
+    speedup: Interval
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the text is the target's, as far as token ids alone can say. An answer is one (prompt, turn)."""
+
+    kind: VerdictKind
+    answers: int
+    "answers that both this cell and the baseline gave"
+    differing: int
+    first_position: int | None = None
+    "smallest index into the new tokens where an answer parts from the baseline's"
+    first_prompt: str | None = None
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What one cell's trials say. None where there is nothing to derive a number from."""
+
+    cell: Cell
+    lossless: bool
+    temperature: float
+    synthetic: bool
+    trials_ok: int
+    trials_failed: int
+    outcomes: dict[str, int]
+    failures: tuple[Failure, ...]
+    prompts: int
+    "prompts with at least one good trial"
+    new_tokens: int
+    decode_tokens: int
+    "new tokens after the first of each trial"
+    decode_seconds: float
+    verify_passes: int
+    decode_tokens_per_second: float | None
+    end_to_end_tokens_per_second: float | None
+    first_token_seconds: float | None
+    "median over trials"
+    round_seconds: Percentiles | None
+    "one verify pass and what belongs to it"
+    speed_by_round: dict[int, float]
+    "decode tokens per second in each measured round: the baseline's own spread is the A/A check"
+    baseline: str | None
+    "id of the cell that the speed-up is measured against"
+    pairs: int = 0
+    speedup: Interval | None = None
+    "for these prompts on this machine"
+    speedup_prompts: Interval | None = None
+    "the same ratio, for prompts like these"
+    speedup_by_category: tuple[CategorySpeedup, ...] = ()
+    rank: int | None = None
+    "place among the cells of the same target; cells whose intervals overlap share it; None without an interval"
+    tau: float | None
+    tau_prompt_mean: float | None
+    tau_without_repeats: float | None
+    "over the passes whose first token does not continue a repeat"
+    repeated_share: float | None
+    acceptance: tuple[DepthAcceptance, ...]
+    peak_bytes: int | None
+    peak_kind: str
+    "which field of Memory `peak_bytes` is"
+    tokens_per_second_per_gib: float | None
+    per_gib_relative: Interval | None = None
+    "speed-up times the baseline's peak over this peak"
+    marginal_tokens_per_second_per_gib: float | None = None
+    "extra speed per extra GiB over the baseline; None unless the memory is larger by `SAME_MEMORY_SHARE`"
+    host_syncs_per_pass: float | None
+    joules_per_token: float | None
+    verdict: Verdict
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.cell.method == BASELINE
+
+
+def peak_kind(device: str) -> str:
+    """The field of Memory that is the peak on this device."""
+    return "peak_rss_bytes" if device.startswith("cpu") else "peak_allocated_bytes"
+
+
+def repeats(tokens_T: Sequence[int], n: int = REPEAT_NGRAM) -> list[bool]:
+    """For each token, whether the n-gram that it ends stood earlier in the same text."""
+    seen: set[tuple[int, ...]] = set()
+    marks = [False] * min(n - 1, len(tokens_T))
+    for end in range(n, len(tokens_T) + 1):
+        gram = tuple(tokens_T[end - n : end])
+        marks.append(gram in seen)
+        seen.add(gram)
+    return marks
+
+
+def trial_frame(run: Run) -> pd.DataFrame:
+    """One row a trial, in file order, rates derived; a trial measured twice counts once, as its last line says.
+
+    A failed trial's measurements are missing values whatever its line holds.
+    """
+    frame = pd.DataFrame([_record(trial) for trial in _latest(run.rows)], columns=list(_COLUMNS)).astype(_COLUMNS)
+    frame["decode_tokens_per_second"] = _rate(frame.decode_tokens, frame.decode_seconds)
+    frame["end_to_end_tokens_per_second"] = _rate(frame.new_tokens, frame.prefill_seconds + frame.decode_seconds)
+    frame["tau"] = _rate(frame.decode_tokens, frame.verify_passes)
+    frame["host_syncs_per_pass"] = _rate(frame.host_syncs, frame.verify_passes)
+    frame["joules_per_token"] = _rate(frame.energy_joules, frame.new_tokens)
+    return frame
+
+
+def summary(run: Run) -> list[Row]:
+    """One row for each planned cell, in the plan's order, then for cells that the plan does not name."""
+    frame = trial_frame(run)
+    frame = frame[frame.outcome == "ok"]
+    trials: dict[str, list[Trial]] = {cell.id: [] for cell in run.manifest.cells}
+    for trial in _latest(run.rows):
+        trials.setdefault(trial.cell.id, []).append(trial)
+    cells = {cell.id: cell for cell in (*run.manifest.cells, *(each[0].cell for each in trials.values() if each))}
+    measured = {
+        id: Measured(
+            cell=cells[id],
+            trials=each,
+            ok=[trial for trial in each if trial.outcome == "ok"],
+            good=frame[frame.cell == id],
+        )
+        for id, each in trials.items()
+    }
+    baselines = {one.cell.target: one for one in reversed(measured.values()) if one.cell.method == BASELINE}
+    return _ranked([_row(one, baselines.get(one.cell.target), run.manifest.temperature) for one in measured.values()])
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell and its trials: all, the good ones, and the good ones' rows of the frame."""
+
+    cell: Cell
+    trials: list[Trial]
+    ok: list[Trial]
+    good: pd.DataFrame
+
+    @property
+    def peak_bytes(self) -> int | None:
+        peak = self.good.peak_bytes.max()
+        return None if pd.isna(peak) else int(peak)
+
+
+def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
+    good, failed = own.good, [trial for trial in own.trials if trial.outcome != "ok"]
+    lossless = all(trial.lossless for trial in own.trials)
+    speed = _sum_ratio(good.decode_tokens, good.decode_seconds)
+    peak = own.peak_bytes
+    return Row(
+        cell=own.cell,
+        lossless=lossless,
+        temperature=temperature,
+        synthetic=any(trial.synthetic for trial in own.trials),
+        trials_ok=len(own.ok),
+        trials_failed=len(failed),
+        outcomes=dict(Counter(trial.outcome for trial in own.trials)),
+        failures=tuple(
+            Failure(outcome=outcome, reason=reason, trials=count)
+            for (outcome, reason), count in Counter((trial.outcome, trial.reason) for trial in failed).items()
+        ),
+        prompts=good.prompt_id.nunique(),
+        new_tokens=int(good.new_tokens.sum()),
+        decode_tokens=int(good.decode_tokens.sum()),
+        decode_seconds=float(good.decode_seconds.sum()),
+        verify_passes=int(good.verify_passes.sum()),
+        decode_tokens_per_second=speed,
+        end_to_end_tokens_per_second=_sum_ratio(good.new_tokens, good.prefill_seconds + good.decode_seconds),
+        first_token_seconds=_present(good.prefill_seconds.median()),
+        round_seconds=_percentiles([seconds for trial in own.ok for seconds in trial.round_seconds or ()]),
+        speed_by_round=_speed_by_round(good),
+        **_against(own, base),
+        tau=_sum_ratio(good.decode_tokens, good.verify_passes),
+        tau_prompt_mean=_present(_per_prompt(good, "decode_tokens", "verify_passes").mean()),
+        tau_without_repeats=_sum_ratio(good.fresh_tokens, good.fresh_passes),
+        repeated_share=_sum_ratio(good.repeated_tokens, good.new_tokens),
+        acceptance=acceptance_by_depth(own.ok),
+        peak_bytes=peak,
+        peak_kind=peak_kind(own.cell.device),
+        tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
+        host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
+        joules_per_token=_sum_ratio(good.energy_joules, good.new_tokens),
+        verdict=_verdict(own, base, temperature, lossless),
+    )
+
+
+def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
+    """The fields of Row that need the baseline, over the pairs of trials that both sides finished."""
+    if base is None or own.cell.method == BASELINE or (pairs := _pairs(own.good, base.good)).empty:
+        return {"baseline": base.cell.id if base else None}
+    by_round = _sides(pairs, "round")
+    speedup = ratio_interval_over_rounds(*by_round)
+    peak, base_peak = own.peak_bytes, base.peak_bytes
+    memory = (peak, base_peak) if peak is not None and base_peak is not None else None
+    extra_speed, extra_bytes = by_round[0].value - by_round[1].value, memory[0] - memory[1] if memory else 0
+    return {
+        "baseline": base.cell.id,
+        "pairs": len(pairs),
+        "speedup": speedup,
+        "speedup_prompts": bootstrap_over_prompts(*_sides(pairs, "prompt_id")),
+        "speedup_by_category": tuple(
+            CategorySpeedup(
+                category=str(category),
+                prompts=part.prompt_id.nunique(),
+                speedup=ratio_interval_over_rounds(*_sides(part, "round")),
+            )
+            for category, part in pairs.groupby("category", sort=False)
+        ),
+        "per_gib_relative": speedup.scaled(memory[1] / memory[0]) if memory else None,
+        "marginal_tokens_per_second_per_gib": (
+            extra_speed / (extra_bytes / GIB) if memory and extra_bytes > SAME_MEMORY_SHARE * memory[1] else None
+        ),
+    }
+
+
+def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
+    """From the per-pass counts of good trials; nothing for a method that drafts nothing."""
+    by_prompt: dict[str, list[tuple[int, int]]] = {}
+    for trial in trials:
+        if trial.drafted_depth and trial.accepted:
+            counts = zip(trial.drafted_depth, trial.accepted, strict=True)
+            by_prompt.setdefault(trial.prompt_id, []).extend(counts)
+    passes = [count for counts in by_prompt.values() for count in counts]
+    deepest = max((depth for depth, _ in passes), default=0)
+    rows = []
+    for depth in range(1, deepest + 1):
+        reached, accepted = _depth_counts(passes, depth)
+        each = [_depth_counts(counts, depth) for counts in by_prompt.values()]
+        rows.append(
+            DepthAcceptance(
+                depth=depth,
+                drafted=sum(drafted >= depth for drafted, _ in passes),
+                passes=len(passes),
+                reached=reached,
+                accepted=accepted,
+                prompt_mean=statistics.fmean(shares) if (shares := [a / r for r, a in each if r]) else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _depth_counts(passes: list[tuple[int, int]], depth: int) -> tuple[int, int]:
+    reached = [accepted for drafted, accepted in passes if drafted >= depth and accepted >= depth - 1]
+    return len(reached), sum(accepted >= depth for accepted in reached)
+
+
+def _verdict(own: Measured, base: Measured | None, temperature: float, lossless: bool) -> Verdict:
+    base_ok = base.ok if base else []
+    by_round = {(t.prompt_id, t.turn, t.round): t.new_tokens for t in base_ok}
+    first = {(t.prompt_id, t.turn): t.new_tokens for t in reversed(base_ok)}
+    answers: set[tuple[str, int]] = set()
+    parted: dict[tuple[str, int], int] = {}
+    for trial in own.ok:
+        answer = (trial.prompt_id, trial.turn)
+        # The baseline is set against its own first round: what differs there is the target's, not a method's.
+        same_round = None if own.cell.method == BASELINE else by_round.get((*answer, trial.round))
+        expected = same_round if same_round is not None else first.get(answer)
+        if expected is None or trial.new_tokens is None:
+            continue
+        answers.add(answer)
+        if (position := first_difference(trial.new_tokens, expected)) is not None:
+            parted[answer] = min(position, parted.get(answer, position))
+    earliest = min(parted, key=lambda answer: parted[answer], default=None)
+    return Verdict(
+        kind=_verdict_kind(own.cell, temperature, lossless, len(answers), len(parted)),
+        answers=len(answers),
+        differing=len(parted),
+        first_position=parted[earliest] if earliest else None,
+        first_prompt=earliest[0] if earliest else None,
+    )
+
+
+def _verdict_kind(cell: Cell, temperature: float, lossless: bool, answers: int, differing: int) -> VerdictKind:
+    if cell.method == BASELINE:
+        return "reference"
+    if not lossless:
+        return "lossy_by_design"
+    if temperature > 0:
+        return "sampled"
+    if not answers:
+        return "no_pairs"
+    if cell.bits.startswith("int8"):
+        return "not_testable"
+    if not differing:
+        return "identical"
+    return "differs" if cell.bits == "32" else "near_tie_not_excluded"
+
+
+def first_difference(tokens_T: Sequence[int], expected_T: Sequence[int]) -> int | None:
+    """Index of the first token that differs; the shorter length where one text only goes on longer; None when equal."""
+    for index, (token, expected) in enumerate(zip(tokens_T, expected_T, strict=False)):
+        if token != expected:
+            return index
+    return None if len(tokens_T) == len(expected_T) else min(len(tokens_T), len(expected_T))
+
+
+def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
+    """(tokens, passes) of the verify passes whose first token does not continue a repeat."""
+    tokens = passes = 0
+    at = 1  # the prompt's own pass gave token 0
+    for count in committed:
+        if count and not marks_T[at]:
+            tokens, passes = tokens + count, passes + 1
+        at += count
+    return tokens, passes
+
+
+def _pairs(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
+    """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
+    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds"]
+    own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
+    return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
+
+
+def _sides(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
+    """Both sides' tokens per second, one sample for each value of `by`."""
+    names = ["decode_tokens", "decode_seconds", "decode_tokens_base", "decode_seconds_base"]
+    tokens, seconds, base_tokens, base_seconds = (
+        column.tolist() for _, column in pairs.groupby(by)[names].sum().items()
+    )
+    return Ratio(tokens, seconds), Ratio(base_tokens, base_seconds)
+
+
+def _ranked(rows: list[Row]) -> list[Row]:
+    """Rank 1 + the number of cells of the same target whose interval lies wholly above; the baseline is exactly 1."""
+
+    def ends(row: Row) -> tuple[float, float] | None:
+        if row.is_baseline and row.trials_ok:
+            return (1.0, 1.0)
+        if row.speedup is None or row.speedup.low is None or row.speedup.high is None:
+            return None
+        return (row.speedup.low, row.speedup.high)
+
+    def rank(row: Row) -> int | None:
+        own = ends(row)
+        rivals = [ends(other) for other in rows if other.cell.target == row.cell.target and other is not row]
+        if own is None or not any(rivals):
+            return None
+        return 1 + sum(rival[0] > own[1] for rival in rivals if rival)
+
+    return [msgspec.structs.replace(row, rank=rank(row)) for row in rows]
+
+
+_TEXT = (
+    *("run", "cell", "method", "label", "model", "bits", "weights", "runtime", "device", "device_name", "device_uuid"),
+    *("prompt_set", "prompt_id", "category", "outcome", "reason"),
+)
+_MEASURED = (
+    *("prompt_tokens", "new_tokens", "decode_tokens", "verify_passes", "prefill_seconds", "decode_seconds"),
+    *("drafted_tokens", "accepted_tokens", "repeated_tokens", "fresh_tokens", "fresh_passes", "host_syncs"),
+    *("energy_joules", "peak_bytes", *Memory.__struct_fields__),
+)
+_COLUMNS = {
+    **dict.fromkeys(_TEXT, "object"),
+    **dict.fromkeys(("round", "order", "turn"), "int64"),
+    **dict.fromkeys(("lossless", "synthetic"), "bool"),
+    **dict.fromkeys(("temperature", *_MEASURED), "float64"),
+}
+
+
+def _record(trial: Trial) -> dict[str, Any]:
+    cell = {name: value for name, value in msgspec.structs.asdict(trial.cell).items() if name in _TEXT}
+    planned = {name: value for name, value in msgspec.structs.asdict(trial).items() if name not in _MEASURED}
+    return planned | cell | {"cell": trial.cell.id} | (_measurements(trial) if trial.outcome == "ok" else {})
+
+
+def _measurements(trial: Trial) -> dict[str, Any]:
+    tokens_T, committed = trial.new_tokens or [], trial.committed or []
+    marks_T = repeats(tokens_T)
+    fresh_tokens, fresh_passes = fresh(committed, marks_T)
+    memory = msgspec.structs.asdict(trial.memory or Memory())
+    return memory | {
+        "prompt_tokens": trial.prompt_tokens,
+        "new_tokens": len(tokens_T),
+        "decode_tokens": max(len(tokens_T) - 1, 0),
+        "verify_passes": len(committed),
+        "prefill_seconds": trial.prefill_seconds,
+        "decode_seconds": trial.decode_seconds,
+        "drafted_tokens": sum(trial.drafted or ()),
+        "accepted_tokens": sum(trial.accepted or ()),
+        "repeated_tokens": sum(marks_T),
+        "fresh_tokens": fresh_tokens,
+        "fresh_passes": fresh_passes,
+        "host_syncs": trial.host_syncs,
+        "energy_joules": trial.energy_joules,
+        "peak_bytes": memory[peak_kind(trial.cell.device)],
+    }
+
+
+def _latest(trials: Iterable[Trial]) -> list[Trial]:
+    return list({trial.key: trial for trial in trials}.values())
+
+
+def _rate(amount: pd.Series[float], per: pd.Series[float]) -> pd.Series[float]:
+    return amount / per.where(per > 0)
+
+
+def _sum_ratio(amount: pd.Series[float], per: pd.Series[float]) -> float | None:
+    """Sum over sum, of the rows that have both; None where the divisor is nothing."""
+    both = amount.notna() & per.notna()
+    total = float(per[both].sum())
+    return float(amount[both].sum()) / total if total > 0 else None
+
+
+def _speed_by_round(good: pd.DataFrame) -> dict[int, float]:
+    sums = good.groupby("round")[["decode_tokens", "decode_seconds"]].sum()
+    speeds = _rate(sums.decode_tokens, sums.decode_seconds).dropna()
+    return dict(zip(map(int, speeds.index), map(float, speeds), strict=True))
+
+
+def _per_prompt(frame: pd.DataFrame, amount: str, per: str) -> pd.Series[float]:
+    sums = frame.groupby("prompt_id")[[amount, per]].sum()
+    return _rate(sums[amount], sums[per])
+
+
+def _present(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _percentiles(seconds: list[float]) -> Percentiles | None:
+    if not seconds:
+        return None
+    p50, p95, p99 = pd.Series(seconds).quantile([0.50, 0.95, 0.99])
+    return Percentiles(p50=float(p50), p95=float(p95), p99=float(p99))

@@ -1,0 +1,337 @@
+"""From what the user asked for to what will be run. Values in, values out: nothing is loaded, measured or written here.
+
+A `Request` is the command line, a TOML file or the arguments of `harness.run`; a `Plan` names every cell, and for those
+that cannot run the reason. The baseline of every target is always planned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+
+from harness import drafter, method, weights
+from harness.errors import UserError
+from harness.results import Cell, Outcome, Trial
+from harness.weights import Bits, ModelSource
+from prompts import Prompt, PromptSet
+
+DEFAULT_METHODS = "ar,s3d,medusa,eagle,layerskip,prompt-lookup,draft-model"
+BASELINE = "ar"
+RUNTIMES = ("eager",)
+PUBLISHABLE_ROUNDS = 3
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+FindDrafter = Callable[[str, str | None, str], Path | None]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for; None where the device or the model decides."""
+
+    methods: str | list[str | dict[str, Any]] = DEFAULT_METHODS
+    "`s3d:k=4,eagle`, or a list of such and of tables: a name, options, and a label if wanted"
+    bits: str | int | list[str | int] | None = None
+    runtime: str | list[str] = "eager"
+    model: str | None = None
+    prompts: str = "quick"
+    limit: Positive | None = None
+    max_new_tokens: Positive | None = None
+    rounds: Positive | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
+    system: str | None = None
+    raw: bool = False
+    trust_remote_code: bool = False
+    out: str | None = None
+
+
+class Merge(msgspec.Struct, frozen=True):
+    """A drafter that becomes part of the target's own weights before anything runs."""
+
+    method: str
+    drafter: str
+
+
+class Planned(msgspec.Struct, frozen=True, kw_only=True):
+    """A cell and what it needs."""
+
+    cell: Cell
+    drafter: str | None = None
+    "path of the trained weights"
+    merge: Merge | None = None
+    "what makes the target of `cell.weights`; None for the base"
+    unsupported: str | None = None
+    "why it cannot run"
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One thing to answer."""
+
+    prompt: Prompt
+    index: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSource
+    prompt_set: PromptSet
+    cells: tuple[Planned, ...]
+    rounds: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    system: str | None
+    raw: bool
+    trust_remote_code: bool
+    preliminary: bool
+
+    def order(self, round: int) -> list[int]:
+        """Indices of the cells as this round runs them."""
+        indices = list(range(len(self.cells)))
+        random.Random(f"{self.seed}/{round}").shuffle(indices)
+        return indices
+
+    def turns(self) -> Iterator[Turn]:
+        return (Turn(prompt, index) for prompt in self.prompt_set.prompts for index in range(len(prompt.turns)))
+
+    @property
+    def device(self) -> str:
+        return self.cells[0].cell.device
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell in one round: what a worker is given. Paths are absolute."""
+
+    run: str
+    plan: str
+    trials: str
+    first_answers: str
+    source: ModelSource
+    "the target's weights, merged already where the cell wants that"
+    cell: int
+    round: int
+    order: int
+
+    def row(self, plan: Plan, turn: Turn, outcome: Outcome, **measured: Any) -> Trial:
+        """The result line of one turn."""
+        return Trial(
+            run=self.run,
+            cell=plan.cells[self.cell].cell,
+            round=self.round,
+            order=self.order,
+            prompt_set=plan.prompt_set.name,
+            prompt_id=turn.prompt.id,
+            category=turn.prompt.category,
+            turn=turn.index,
+            outcome=outcome,
+            temperature=plan.temperature,
+            top_p=plan.top_p,
+            seed=plan.seed,
+            max_new_tokens=plan.max_new_tokens,
+            **measured,
+        )
+
+
+# --- what the user wrote ---------------------------------------------------------------------------------------------
+
+
+def read_request(given: Mapping[str, Any], where: str = "the command line") -> Request:
+    """Check names and values. Raises UserError naming what is close to a misspelt key."""
+    known = {field.name for field in msgspec.structs.fields(Request)}
+    values = {key.replace("-", "_"): value for key, value in given.items()}
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where} has an unknown key {key!r}{_close(key, known)}; it may have {_listed(known)}")
+    try:
+        return msgspec.convert(values, Request)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at ")
+        raise UserError(f"{where}: {path.strip('`$.') or 'it'}: {problem[0].lower()}{problem[1:]}") from None
+
+
+def specs(methods: str | Sequence[str | Mapping[str, Any]]) -> list[method.Spec]:
+    """Methods with their options, as text or as tables."""
+    if isinstance(methods, str):
+        return method.parse(methods)
+    found: list[method.Spec] = []
+    for entry in methods:
+        found += method.parse(entry) if isinstance(entry, str) else [_from_table(dict(entry))]
+    if not found:
+        raise UserError("no method named: try `--methods s3d,eagle`; `python -m harness list` shows all")
+    return found
+
+
+def _from_table(table: dict[str, Any]) -> method.Spec:
+    if "name" not in table:
+        raise UserError(f"a [[methods]] table needs a name, like `name = 's3d'`; it has {_listed(table) or 'nothing'}")
+    name, label = table.pop("name"), table.pop("label", None)
+    known = {field.name for field in msgspec.structs.fields(method.find(name).Options)}
+    options = {key.replace("-", "_"): value for key, value in table.items()}
+    for key in options:
+        if key not in known and (close := _close(key, known)):
+            raise UserError(f"method {name!r} has no option {key!r}{close}")
+    return method.configure(name, options, label=label)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _close(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _bits(wanted: str | int | list[str | int]) -> list[Bits]:
+    parts = wanted if isinstance(wanted, list) else str(wanted).split(",")
+    return [Bits.parse(str(part)) for part in parts if str(part).strip()]
+
+
+def _runtimes(wanted: str | list[str]) -> list[str]:
+    runtimes = [part.strip() for part in (wanted if isinstance(wanted, list) else wanted.split(","))]
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise UserError(f"no runtime {runtime!r}: there is {_listed(RUNTIMES)}")
+    return runtimes
+
+
+# --- what will be run ------------------------------------------------------------------------------------------------
+
+
+def plan(
+    request: Request,
+    *,
+    source: ModelSource,
+    device: str,
+    prompt_set: PromptSet,
+    find_drafter: FindDrafter = drafter.find,
+) -> Plan:
+    """The plan of a request on a device. Raises UserError for what cannot be meant."""
+    if request.raw and request.system is not None:
+        raise UserError("--system needs the chat template that --raw leaves out: drop one of them")
+    wanted = specs(request.methods)
+    precisions = [weights.default_bits(device)] if request.bits is None else _bits(request.bits)
+    if not precisions:
+        raise UserError("no bits named: try --bits 16,8")
+    cells: list[Planned] = []
+    for bits in precisions:
+        dtype = _dtype_name(bits, device, request.dtype)
+        for runtime in _runtimes(request.runtime):
+            group = _Group(source, bits.id, dtype, runtime, device, find_drafter)
+            cells += group.with_baselines([group.planned(spec) for spec in wanted])
+    _refuse_duplicates(cells)
+    _refuse_two_merges_of_one_name(cells)
+    on_cpu = device == "cpu"
+    rounds = request.rounds or (1 if on_cpu else PUBLISHABLE_ROUNDS)
+    return Plan(
+        model=source,
+        prompt_set=prompt_set,
+        cells=tuple(cells),
+        rounds=rounds,
+        seed=request.seed,
+        max_new_tokens=request.max_new_tokens or (32 if on_cpu else 128),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        system=request.system,
+        raw=request.raw,
+        trust_remote_code=request.trust_remote_code,
+        preliminary=request.prompts == "quick" or request.limit is not None or rounds < PUBLISHABLE_ROUNDS,
+    )
+
+
+def _dtype_name(bits: Bits, device: str, dtype: str | None) -> str:
+    known = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in known:
+        raise UserError(f"unknown dtype {dtype!r}{_close(dtype, known)}; it may be {_listed(known)}")
+    named = None if dtype is None else getattr(torch, dtype)
+    return str(weights._compute_dtype(bits, device, named)).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Cells that differ in nothing but the method and what it merges into the target."""
+
+    source: ModelSource
+    bits: str
+    dtype: str
+    runtime: str
+    device: str
+    find_drafter: FindDrafter
+
+    def planned(self, spec: method.Spec) -> Planned:
+        kind, options = method.find(spec.name), method.options_of(spec)
+        cell = Cell(
+            method=spec.name,
+            options=spec.options,
+            label=spec.label,
+            model=self.source.name,
+            bits=self.bits,
+            dtype=self.dtype,
+            weights=kind.target_weights(options),
+            runtime=self.runtime,
+            device=self.device,
+        )
+        found, reason = None, kind.unsupported(cell, options)
+        if kind.needs_drafter:
+            found = self.find_drafter(kind.drafter_name(options), getattr(options, "drafter", None), cell.model)
+            reason = reason or (None if found else self._untrained(spec, kind.drafter_name(options)))
+        path = None if found is None else str(found)
+        merge = None if cell.weights == "base" or path is None else Merge(spec.name, path)
+        return Planned(cell=cell, drafter=path, merge=merge, unsupported=reason)
+
+    def with_baselines(self, named: list[Planned]) -> list[Planned]:
+        """`ar` first for every target that has none. Merged weights that nothing can run on get none."""
+        merges = {one.cell.weights: one.merge for one in named if one.merge is not None and one.unsupported is None}
+        have = {one.cell.weights for one in named if one.cell.method == BASELINE}
+        missing = [target for target in ("base", *merges) if target not in have]
+        added = [self.planned(method.parse_one(_baseline(target))) for target in missing]
+        return [self._on_its_weights(one, merges) for one in (*added, *named)]
+
+    def _on_its_weights(self, one: Planned, merges: Mapping[str, Merge]) -> Planned:
+        """A baseline takes its merged weights from the method that it is the baseline of."""
+        name = one.cell.weights
+        if one.cell.method != BASELINE or name == "base":
+            return one
+        reason = None if name in merges else f"nothing else in this plan has the weights {name!r}"
+        return msgspec.structs.replace(one, merge=merges.get(name), unsupported=reason)
+
+    def _untrained(self, spec: method.Spec, drafter_name: str) -> str:
+        model = self.source.location if self.source.kind == "local" else self.source.name
+        what = spec.name if drafter_name == spec.name else spec.label
+        command = f"python -m harness train --methods {what} --model {shlex.quote(model)}"
+        return f"no trained drafter for {self.source.name}; `{command}` makes one"
+
+
+def _baseline(target: str) -> str:
+    return BASELINE if target == "base" else f"{BASELINE}:weights={target}"
+
+
+def _refuse_duplicates(cells: list[Planned]) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in (one.cell for one in cells):
+        same = msgspec.json.encode(msgspec.structs.replace(cell, label="")).decode()
+        if (other := seen.setdefault(same, cell)) is not cell:
+            raise UserError(f"{other.label!r} and {cell.label!r} in {cell.bits} are the same cell: name it once")
+    for name, count in Counter(one.cell.id for one in cells).items():
+        if count > 1:
+            raise UserError(f"{count} cells would be called {name!r}: give their [[methods]] tables different labels")
+
+
+def _refuse_two_merges_of_one_name(cells: list[Planned]) -> None:
+    drafters: dict[str, Merge] = {}
+    for one in cells:
+        if one.merge is not None and drafters.setdefault(one.cell.weights, one.merge) != one.merge:
+            raise UserError(
+                f"two {one.cell.weights} drafters would both become the target's weights: measure them in two runs"
+            )

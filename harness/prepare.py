@@ -1,0 +1,164 @@
+"""What is made once before any cell runs, in a process of its own: `python -m harness.prepare RUN_DIRECTORY`.
+
+Fetches the model, checks that it can be decoded at all, writes the first answers that later turns follow (with plain
+`ar` at the highest precision, kept in the cache), and merges drafters into targets where a cell wants that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import torch
+
+from harness import chat, child, dialogue, method, smollm2, weights
+from harness.decode import Limits, decode
+from harness.errors import UserError
+from harness.paths import cache_dir
+from harness.plan import Merge, Plan
+from harness.sampling import Sampler
+from harness.weights import Bits, LoadedModel, ModelSource
+from harness.worker import exact_float32, seat
+
+Answers = dict[str, list[str]]
+
+
+def main() -> int:
+    emit = child.to_parent()
+    try:
+        prepare(Path(sys.argv[1]), emit)
+    except UserError as error:
+        emit(child.Refused(str(error)))
+        return 2
+    return 0
+
+
+def prepare(directory: Path, emit: child.Emit) -> None:
+    """Write `first_answers.json` into the run and tell the parent what the workers need."""
+    plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)
+    if plan.model.kind == "default":
+        smollm2.ensure(in_tenths(emit))
+    emit(child.Preparing(f"loading {plan.model.name}"))
+    exact_float32()
+    loaded = load_precisely(plan)
+    later = [prompt for prompt in plan.prompt_set.prompts if len(prompt.turns) > 1]
+    first = plan.prompt_set.prompts[0].turns[:1]
+    dialogue.encode(loaded.tokenizer, first, [], system=plan.system, raw=plan.raw)  # no chat template: say so now
+    kept = write_atomically(directory / "first_answers.json", cached_answers(plan, loaded, emit) if later else b"{}")
+    merges = {one.cell.weights: one.merge for one in plan.cells if one.merge is not None and one.unsupported is None}
+    sources = {name: merged(plan.model, loaded.sha256, merge, emit) for name, merge in merges.items()}
+    emit(
+        child.Prepared(
+            weights_sha256=loaded.sha256,
+            first_answers_sha256=hashlib.sha256(kept).hexdigest() if later else None,
+            sources={"base": plan.model} | sources,
+        )
+    )
+
+
+def in_tenths(emit: child.Emit) -> smollm2.Progress:
+    """Progress in lines that a log can bear."""
+    said: list[tuple[str, int | None]] = []
+
+    def tell(step: str, fraction: float | None) -> None:
+        tenth = None if fraction is None else int(10 * fraction)
+        if (step, tenth) not in said[-1:]:
+            said.append((step, tenth))
+            emit(child.Preparing(step, fraction))
+
+    return tell
+
+
+def load_precisely(plan: Plan) -> LoadedModel:
+    """32 bits; 16 where the model would not fit an accelerator comfortably."""
+
+    def load(width: int) -> LoadedModel:
+        return weights.load(
+            plan.model, Bits.parse(str(width)), device=plan.device, trust_remote_code=plan.trust_remote_code
+        )
+
+    if plan.device == "cpu":
+        return load(32)
+    loaded = load(16)
+    return loaded if loaded.weight_bytes > memory_bytes(plan.device) / 4 else load(32)
+
+
+def memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+# --- first answers ---------------------------------------------------------------------------------------------------
+
+
+def cached_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> bytes:
+    """The answers as JSON, written once for these weights, prompts and settings."""
+    identity = [loaded.sha256, loaded.bits.id, plan.prompt_set.sha256, plan.system, plan.raw, plan.max_new_tokens]
+    key = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
+    path = cache_dir() / "first_answers" / f"{key}.json"
+    if path.is_file():
+        return path.read_bytes()
+    return write_atomically(path, msgspec.json.encode(first_answers(plan, loaded, emit)))
+
+
+def first_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> Answers:
+    """By prompt id, the answers to all turns but the last, greedy."""
+    waiting = [prompt for prompt in plan.prompt_set.prompts if len(prompt.turns) > 1]
+    limits = Limits(plan.max_new_tokens, chat.end_ids(loaded.model, loaded.tokenizer))
+    answers: Answers = {prompt.id: [] for prompt in waiting}
+    for count, prompt in enumerate(waiting):
+        emit(child.Preparing(f"writing first answers ({count + 1} of {len(waiting)})"))
+        for index in range(len(prompt.turns) - 1):
+            turns = prompt.turns[: index + 1]
+            ids = dialogue.encode(loaded.tokenizer, turns, answers[prompt.id], system=plan.system, raw=plan.raw)
+            answers[prompt.id].append(dialogue.decode(loaded.tokenizer, greedy(loaded.model, ids, limits)))
+    return answers
+
+
+def greedy(model: Any, prompt: list[int], limits: Limits) -> list[int]:
+    sampler = Sampler()
+    try:
+        target, decoder = seat(model, method.parse_one("ar"), None, sampler, len(prompt) + limits.max_new_tokens)
+    except ValueError as error:  # an architecture that no decoder here can walk
+        raise UserError(str(error)) from error
+    return [token for step in decode(target, decoder, prompt, limits, sampler) for token in step.committed]
+
+
+# --- targets with a drafter merged into them --------------------------------------------------------------------------
+
+
+def merged(base: ModelSource, base_sha256: str, merge: Merge, emit: child.Emit) -> ModelSource:
+    """A float32 checkpoint of the base plus the method's deltas, in the cache."""
+    drafter = Path(merge.drafter)
+    files = sorted(drafter.glob("*.safetensors")) if drafter.is_dir() else [drafter]
+    key = hashlib.sha256(f"{base_sha256} {merge.method} {weights.weights_sha256(files)}".encode()).hexdigest()[:32]
+    directory = cache_dir() / "merged" / key
+    if not directory.is_dir():
+        emit(child.Preparing(f"merging {drafter.name} into the target"))
+        loaded = weights.load(base, Bits.parse("32"), device="cpu")
+        parameters = dict(loaded.model.named_parameters())
+        for name, delta in method.find(merge.method).deltas(drafter).items():
+            parameters[name if name in parameters else f"model.{name}"].data += delta
+        partial = directory.with_name(f"{key}.{os.getpid()}.partial")
+        loaded.model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
+        partial.rename(directory)
+    return ModelSource(f"{base.name} + {merge.method}", str(directory), "local")
+
+
+def write_atomically(path: Path, content: bytes) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""A run: the manifest, the prepare step, then rounds of cells in shuffled order, each in a process of its own.
+
+Everything lies in one directory and is written as it becomes known, so a run that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from harness import child, drafter, host, worker
+from harness.errors import UserError
+from harness.plan import Job, Plan
+from harness.results import Manifest, Outcome, Training, read_run, write_manifest
+from harness.weights import ModelSource
+
+IDENTITY = (
+    *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
+    *("system", "raw"),
+)
+"""Fields of a manifest that must not change when a run goes on."""
+
+
+def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequence[str] = ()) -> Path:
+    """Run the plan, or what is left of it, into `out` (default: a new directory in `out/`); the directory.
+
+    Raises UserError where `out` holds a run of another plan or the model cannot be decoded, and KeyboardInterrupt, with
+    the worker stopped, on Ctrl-C.
+    """
+    directory = (out or default_directory(plan)).absolute()
+    manifest = _open(plan, directory, command)
+    prepared = _prepare(directory, on_event)
+    _record(directory, manifest, prepared)
+    jobs = list(_jobs(plan, directory, prepared.sources))
+    runnable = [job for job in jobs if plan.cells[job.cell].unsupported is None]
+    on_event(child.Left(sum(len(worker.missing(job, plan)) for job in runnable)))
+    for job in jobs:
+        _work(job, plan, directory / "workers", on_event)
+    return directory
+
+
+def default_directory(plan: Plan) -> Path:
+    digest = hashlib.sha256(msgspec.json.encode(plan)).hexdigest()[:6]
+    return Path("out") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{digest}"
+
+
+# --- the directory ---------------------------------------------------------------------------------------------------
+
+
+def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
+    """Make the run's directory, or check that it holds this very plan."""
+    manifest = _manifest(plan, directory.name, command)
+    if (directory / "manifest.json").is_file():
+        begun = read_run(directory).manifest
+        if differences := _differences(begun, manifest):
+            raise UserError(f"{directory} holds another run ({'; '.join(differences)}): give another --out")
+        manifest = begun
+    elif directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty and holds no run: give another --out")
+    (directory / "workers").mkdir(parents=True, exist_ok=True)
+    _end_line(directory / "trials.jsonl")
+    (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
+    return Manifest(
+        run=run,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=list(command),
+        model=plan.model.name,
+        prompt_set=plan.prompt_set.name,
+        prompt_set_sha256=plan.prompt_set.sha256,
+        prompts=len(plan.prompt_set.prompts),
+        turns=max(len(prompt.turns) for prompt in plan.prompt_set.prompts),
+        cells=[one.cell for one in plan.cells],
+        rounds=plan.rounds,
+        seed=plan.seed,
+        temperature=plan.temperature,
+        top_p=plan.top_p,
+        max_new_tokens=plan.max_new_tokens,
+        system=plan.system,
+        raw=plan.raw,
+        preliminary=plan.preliminary,
+        host=host.facts(),
+        versions=host.versions(),
+        training=_training(plan),
+    )
+
+
+def _differences(begun: Manifest, now: Manifest) -> list[str]:
+    """How two plans differ, in words."""
+    words = [
+        f"{name} was {getattr(begun, name)!r}, now {getattr(now, name)!r}"
+        for name in IDENTITY
+        if getattr(begun, name) != getattr(now, name)
+    ]
+    before, after = ({cell.id: cell for cell in one.cells} for one in (begun, now))
+    words += [f"cell {id} is {'new' if id in after else 'gone'}" for id in before.keys() ^ after.keys()]
+    return words + [f"cell {id} has other options" for id in before.keys() & after.keys() if before[id] != after[id]]
+
+
+def _training(plan: Plan) -> list[Training]:
+    """What the drafters cost, where their checkpoints say so."""
+    found: dict[str, Training] = {}
+    for path, name in {one.drafter: one.cell.method for one in plan.cells if one.drafter is not None}.items():
+        _, cost = drafter.metadata(Path(path))
+        size = Path(path).stat().st_size
+        try:
+            found[path] = msgspec.convert(
+                {"method": name, "drafter": Path(path).name, "file_bytes": size} | cost, Training
+            )
+        except msgspec.ValidationError:  # somebody else's checkpoint, which says nothing about its training
+            continue
+    return list(found.values())
+
+
+def _prepare(directory: Path, on_event: child.Emit) -> child.Prepared:
+    said: list[child.Event] = []
+
+    def listen(event: child.Event) -> None:
+        said.append(event)
+        on_event(event)
+
+    log = directory / "workers" / "prepare.log"
+    child.run("harness.prepare", directory, log, listen)
+    match said[-1:]:
+        case [child.Prepared() as prepared]:
+            return prepared
+        case [child.Refused(message)]:
+            raise UserError(message)
+    raise RuntimeError(f"the prepare step died; {log} ends with: {_last_line(log)}")
+
+
+def _record(directory: Path, manifest: Manifest, prepared: child.Prepared) -> None:
+    """Write down what the workers will use; a run that goes on must use the same."""
+    for name in ("weights_sha256", "first_answers_sha256"):
+        before, now = getattr(manifest, name), getattr(prepared, name)
+        if before not in (None, now):
+            raise UserError(f"{directory} holds another run ({name} was {before}, now {now}): give another --out")
+        setattr(manifest, name, now)
+    write_manifest(directory, manifest)
+
+
+# --- one cell in one round -------------------------------------------------------------------------------------------
+
+
+def _jobs(plan: Plan, directory: Path, sources: dict[str, ModelSource]) -> Iterator[Job]:
+    """Every cell in every round, in the order in which they run."""
+    for round in range(plan.rounds):
+        for order, index in enumerate(plan.order(round)):
+            yield Job(
+                run=directory.name,
+                plan=str(directory / "plan.json"),
+                trials=str(directory / "trials.jsonl"),
+                first_answers=str(directory / "first_answers.json"),
+                source=sources.get(plan.cells[index].cell.weights, plan.model),
+                cell=index,
+                round=round,
+                order=order,
+            )
+
+
+def _work(job: Job, plan: Plan, folder: Path, on_event: child.Emit) -> None:
+    """Run a worker for what is missing of its cell and round, and see to it that every turn has a row afterwards."""
+    planned = plan.cells[job.cell]
+    turns = worker.missing(job, plan)
+    if not turns:
+        return
+    if planned.unsupported is not None:
+        worker.fail(job, plan, turns, "unsupported", planned.unsupported, lambda event: None)
+        return
+    on_event(child.Started(planned.cell.label, planned.cell.bits, job.round, job.order, len(turns)))
+    path, log = (folder / f"{job.cell}-{planned.cell.method}.round-{job.round}.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(job))
+    status = child.run("harness.worker", path, log, on_event)
+    if status != 0:
+        _end_line(Path(job.trials))
+        outcome, reason = _death(status, log)
+        worker.fail(job, plan, worker.missing(job, plan), outcome, reason, on_event)
+
+
+def _death(status: int, log: Path) -> tuple[Outcome, str]:
+    if status > 0:
+        return "error", f"the worker exited with {status}: {_last_line(log)}"
+    hint = " (the system does that when memory runs out)" if status == -signal.SIGKILL else ""
+    return "killed", f"killed by {signal.Signals(-status).name}{hint}"
+
+
+def _end_line(trials: Path) -> None:
+    """A writer may have died in the middle of a line: what comes next must not continue it."""
+    if trials.is_file() and (content := trials.read_bytes()) and not content.endswith(b"\n"):
+        with trials.open("ab") as file:
+            file.write(b"\n")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing"

@@ -1,0 +1,124 @@
+"""Intervals for a ratio of sums. Pure: values in, values out.
+
+Two questions, two intervals. "For these prompts on this machine": a fresh process is the noise unit, so Student's t
+over the per-round log ratios. "For prompts like these": a bootstrap over whole prompts, which is about generality.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+THESE_PROMPTS = "for these prompts on this machine"
+PROMPTS_LIKE_THESE = "for prompts like these"
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Columns = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and what is known of it; `low` and `high` are None where there are too few samples to tell."""
+
+    value: float
+    low: float | None
+    high: float | None
+    kind: str
+
+    def scaled(self, factor: float) -> Interval:
+        """The interval of `factor * value`, for a positive factor that is known exactly."""
+        low, high = (None if end is None else end * factor for end in (self.low, self.high))
+        return Interval(self.value * factor, low, high, self.kind)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Amounts and what they are per, sample by sample: `Ratio(tokens, seconds)` is a speed, of sums over sums."""
+
+    amount: Sequence[float]
+    per: Sequence[float]
+
+    def __post_init__(self) -> None:
+        assert len(self.amount) == len(self.per) > 0
+
+    @property
+    def value(self) -> float:
+        return sum(self.amount) / sum(self.per)
+
+
+def ratio_interval_over_rounds(
+    numerator_per_round: Sequence[float] | Ratio,
+    denominator_per_round: Sequence[float] | Ratio,
+    confidence: float = 0.95,
+) -> Interval:
+    """Ratio of sums, with a Student-t interval over the per-round log ratios; one round gives no interval.
+
+    Either side may be a `Ratio`, one sample a round: two of them give a speed-up. All sums must be positive. The
+    interval is centred, on the log scale, at the ratio of sums, so it always holds the value that it belongs to.
+    """
+    over, under = _columns(numerator_per_round, denominator_per_round)
+    value = _ratio(over, under)
+    logs_R = np.log(over[0] / over[1] / (under[0] / under[1]))
+    if len(logs_R) < 2:
+        return Interval(value, None, None, THESE_PROMPTS)
+    error = float(logs_R.std(ddof=1)) / math.sqrt(len(logs_R))
+    half = float(scipy_stats.t.ppf((1 + confidence) / 2, df=len(logs_R) - 1)) * error
+    return Interval(value, value * math.exp(-half), value * math.exp(half), THESE_PROMPTS)
+
+
+def bootstrap_over_prompts(
+    numerator_per_prompt: Sequence[float] | Ratio,
+    denominator_per_prompt: Sequence[float] | Ratio,
+    confidence: float = 0.95,
+    resamples: int = 4999,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of sums, with a percentile bootstrap that draws prompts, both sides of a prompt together.
+
+    One sample a prompt, its turns and rounds summed. One prompt gives no interval; the same seed, the same interval.
+    """
+    over, under = _columns(numerator_per_prompt, denominator_per_prompt)
+    value = _ratio(over, under)
+    if len(over[0]) < 2:
+        return Interval(value, None, None, PROMPTS_LIKE_THESE)
+
+    def statistic(a: Array, b: Array, c: Array, d: Array, axis: int = -1) -> Array:
+        ratio: Array = a.sum(axis) * d.sum(axis) / (b.sum(axis) * c.sum(axis))
+        return ratio
+
+    result = scipy_stats.bootstrap(
+        (*over, *under),
+        statistic,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    ends = result.confidence_interval
+    return Interval(value, float(ends.low), float(ends.high), PROMPTS_LIKE_THESE)
+
+
+def _columns(*sides: Sequence[float] | Ratio) -> tuple[Columns, Columns]:
+    """Each side as (amount, per); a plain side is an amount per sample."""
+    over, under = (
+        (np.asarray(side.amount, float), np.asarray(side.per, float))
+        if isinstance(side, Ratio)
+        else (np.asarray(side, float), np.ones(len(side)))
+        for side in sides
+    )
+    if len(over[0]) != len(under[0]) or len(over[0]) == 0:
+        raise ValueError(
+            f"{len(over[0])} samples against {len(under[0])}: a ratio needs the same samples on both sides"
+        )
+    return over, under
+
+
+def _ratio(over: Columns, under: Columns) -> float:
+    return float(over[0].sum() / over[1].sum() / (under[0].sum() / under[1].sum()))

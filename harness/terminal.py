@@ -1,0 +1,197 @@
+"""What a person sees at the terminal: the plan, live progress on stderr, the result, lists and checks."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from harness import child
+
+if TYPE_CHECKING:
+    from harness.host import Check
+    from harness.method import Method
+    from harness.plan import Plan
+    from harness.results import Run
+
+PRELIMINARY = (
+    "Preliminary: good for a first look, not for publishing. For that, use `--prompts standard --rounds 3` or more, "
+    "and no --limit."
+)
+
+
+def show_plan(plan: Plan) -> None:
+    table = Table(title=f"{plan.model.name} on {plan.device}", title_justify="left", pad_edge=False)
+    for header in ("method", "bits", "dtype", "weights", "runtime", ""):
+        table.add_column(header, overflow="fold")
+    for one in plan.cells:
+        cell, note = one.cell, "unsupported" if one.unsupported else ""
+        table.add_row(*map(Text, (cell.label, cell.bits, cell.dtype, cell.weights, cell.runtime, note)))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for label, reason in dict.fromkeys((one.cell.label, one.unsupported) for one in plan.cells if one.unsupported):
+        console.print(f"{label}: {reason}", soft_wrap=True)
+    how = "greedy" if plan.temperature == 0 else f"temperature {plan.temperature:g}, top-p {plan.top_p:g}"
+    console.print(
+        f"{len(plan.prompt_set.prompts)} prompts ({plan.prompt_set.name}), {len(list(plan.turns()))} turns, "
+        f"up to {plan.max_new_tokens} new tokens, {how}; rounds: {plan.rounds}, seed: {plan.seed}"
+    )
+    if plan.preliminary:
+        console.print(PRELIMINARY)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """What has happened so far, in words."""
+
+    def __init__(self, plan: Plan, now: float) -> None:
+        self.rounds, self.cells = plan.rounds, len(plan.cells)
+        self.total = self.done = 0
+        self.began = self.began_measuring = now
+        self._start(child.Started("", "", 0, 0, 0))
+
+    def _start(self, cell: child.Started) -> None:
+        self.cell, self.cell_done, self.decode_tokens, self.decode_seconds = cell, 0, 0, 0.0
+
+    def take(self, event: child.Event, now: float) -> str | None:
+        """A line worth showing, or None."""
+        match event:
+            case child.Preparing(step, fraction):
+                return step if fraction is None else f"{step}: {fraction:.0%}"
+            case child.Left(trials):
+                self.total, self.began_measuring = trials, now
+            case child.Started():
+                self._start(event)
+                return f"{self._where()}: loading"
+            case child.Decoded():
+                return self._decoded(event)
+        return None
+
+    def _decoded(self, event: child.Decoded) -> str:
+        self.cell_done += event.trials
+        self.done += event.trials
+        if event.outcome != "ok":
+            return f"{self._where()}: {event.outcome}: {event.reason}"
+        self.decode_tokens += event.decode_tokens
+        self.decode_seconds += event.decode_seconds
+        speed = f", {self.decode_tokens / self.decode_seconds:.1f} tok/s" if self.decode_seconds > 0 else ""
+        return f"{self._where()}: prompt {self.cell_done}/{self.cell.trials}{speed}"
+
+    def _where(self) -> str:
+        cell = self.cell
+        return f"round {cell.round + 1}/{self.rounds}, cell {cell.order + 1}/{self.cells} {cell.label} in {cell.bits}"
+
+    def left(self, now: float) -> str:
+        """Expected time, from the mean of the trials so far; nothing before the first."""
+        if not self.done:
+            return ""
+        return f"about {duration((now - self.began_measuring) / self.done * (self.total - self.done))} left"
+
+
+@contextmanager
+def progress(plan: Plan) -> Iterator[child.Emit]:
+    """A live line on a terminal, plain lines elsewhere; both on stderr."""
+    console, tally = Console(stderr=True), Tally(plan, time.monotonic())
+
+    def say(event: child.Event) -> None:
+        now = time.monotonic()
+        if text := tally.take(event, now):
+            left = f", {left}" if (left := tally.left(now)) else ""
+            print(f"[{duration(now - tally.began)}{left}] {text}", file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield say
+        return
+    words = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}"))
+    with Progress(BarColumn(20), TimeElapsedColumn(), *words, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None, left="")
+
+        def show(event: child.Event) -> None:
+            now = time.monotonic()
+            if text := tally.take(event, now):
+                total = tally.total or None
+                bar.update(task, description=text, completed=tally.done, total=total, left=tally.left(now))
+
+        yield show
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def show_result(run: Run, table: RenderableType) -> None:
+    console = Console(highlight=False)
+    console.print(table)
+    if run.manifest.preliminary:
+        console.print(PRELIMINARY)
+    for name in ("report.html", "trials.jsonl"):
+        print(run.directory / name)
+
+
+# --- lists and checks ------------------------------------------------------------------------------------------------
+
+
+def show_list(prompt_sets: Mapping[str, str]) -> None:
+    from harness import drafter, method, smollm2, trunk
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("Methods (`--methods name:option=value:...`; lists with +)", style="bold")
+    for name in method.installed():
+        kind = method.find(name)
+        source = f" [{kind.source}]" if kind.source else ""
+        console.print(Text(f"  {name}: {kind.summary}{source}"))
+        for option, (default, text) in options(kind).items():
+            console.print(Text(f"      {option}={default}  {text}"))
+    console.print("\nPrompt sets (`--prompts`)", style="bold")
+    for name, text in prompt_sets.items():
+        console.print(Text(f"  {name}: {text}"))
+    console.print("  a JSONL file, or hf:org/name")
+    console.print("\nModels (`--model`)", style="bold")
+    trained = [name for name in method.installed() if drafter.find(name, None, smollm2.LABEL) is not None]
+    console.print(Text(f"  {smollm2.LABEL}: the default; drafters: {', '.join(trained) or 'none'}"))
+    console.print(Text(f"  a hub id or a directory; architectures: {', '.join(sorted(trunk.ARCHITECTURES))}"))
+
+
+def options(kind: type[Method]) -> dict[str, tuple[str, str]]:
+    """Of a method: option -> (default as one would write it, the text under the field in its source)."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind.Options))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            texts[field.target.id] = ast.literal_eval(after.value)
+    return {
+        field.name: (_written(field.default), texts.get(field.name, ""))
+        for field in msgspec.structs.fields(kind.Options)
+    }
+
+
+def _written(value: object) -> str:
+    if value is None:
+        return "auto"
+    return "+".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for check in checks:
+        mark = Text("ok", "green") if check.ok else Text("missing", "yellow")
+        table.add_row(mark, Text(check.name), Text(check.found), Text("" if check.ok else check.advice))
+    Console().print(table)

@@ -1,0 +1,160 @@
+"""`python -m harness train`: from a model's name to drafters on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import chat, drafter, weights
+from harness.errors import UserError
+from harness.method import Method, Spec, find, options_of, parse
+from harness.paths import cache_dir
+from harness.train import corpus as corpora
+from harness.train.loop import Classroom, Pupil, Recipe, Report, draft_vocabulary, load_state, save_state
+from harness.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what comes out."""
+
+    methods: str = "s3d,medusa,eagle"
+    model: str | None = None
+    tokens: int = 20_000_000
+    corpus_tokens: int | None = None
+    data: Path | None = None
+    draft_vocabulary: int = 8192
+    length: int = 512
+    batch: int = 64
+    anchors: int = 48
+    learning_rate: float = 1e-3
+    seed: int = 0
+    device: str = "cpu"
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Narrator:
+    """Who is told what is going on."""
+
+    stage: Callable[[str, float | None], None] = lambda step, fraction: None
+    report: Callable[[Report], None] = lambda report: None
+
+
+def train(
+    settings: Settings,
+    narrator: Narrator,
+    *,
+    restart: bool = False,
+    stop_after_seconds: float | None = None,
+) -> list[Path]:
+    """Train and write the drafters; returns their paths, or nothing where the time was up before the end.
+
+    Calling it again with the same settings goes on where it stopped. Raises UserError.
+    """
+    specs = parse(settings.methods)
+    torch.manual_seed(settings.seed)
+    source = weights.resolve(settings.model)
+    bits = weights.Bits(32 if settings.device == "cpu" else 16)
+    loaded = weights.load(source, bits, device=settings.device)
+    trunk = Trunk(loaded.model)
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(False)
+    end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
+    corpus = corpora.make(
+        trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
+        tokens=settings.corpus_tokens or min(settings.tokens, 5_000_000),
+        length=settings.length, batch=256 if settings.device == "cpu" else 3072, seed=settings.seed,
+        first_turns=_first_turns(settings.data), on_progress=narrator.stage,
+    )  # fmt: skip
+    vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
+    trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, corpus) for spec in specs}
+    recipe = Recipe(
+        settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed
+    )
+    room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
+    unfinished = _unfinished(settings, loaded.sha256)
+    if unfinished.is_file() and not restart:
+        room.resume(load_state(unfinished))
+        narrator.stage(f"going on from step {room.step} of {room.steps}", room.step / room.steps)
+    finished = room.run(
+        on_report=narrator.report,
+        save=lambda: save_state(unfinished, room.state()),
+        stop_after_seconds=stop_after_seconds,
+    )
+    if not finished:
+        return []
+    folder = settings.out or cache_dir() / "drafters" / drafter.slug(source.name)
+    paths = _write(room, specs, folder, settings, source.name, loaded.sha256)
+    unfinished.unlink(missing_ok=True)
+    return paths
+
+
+def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus) -> Any:
+    method: type[Method] = find(spec.name)
+    seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
+    made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
+    if made is None:
+        raise UserError(f"method {spec.name!r} has nothing to train: leave it out of --methods")
+    return made
+
+
+def _first_turns(data: Path | None) -> list[str] | None:
+    if data is None:
+        return None
+    from prompts import load
+
+    return [prompt.turns[0] for prompt in load(str(data)).prompts]
+
+
+def _unfinished(settings: Settings, identity: str) -> Path:
+    told = {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "device")}
+    key = hashlib.sha256(json.dumps([identity, told], sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "unfinished" / f"{key}.safetensors"
+
+
+def _write(
+    room: Classroom, specs: Sequence[Spec], folder: Path, settings: Settings, model: str, identity: str
+) -> list[Path]:
+    agreements = room.evaluate()
+    paths = []
+    for spec in specs:
+        pupil, agreement = room.pupils[spec.label], agreements[spec.label]
+        path = folder / f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
+        config = pupil.trainee.config() | {"rank_accuracy": agreement.rank_accuracy}
+        tensors = pupil.trainee.tensors()
+        training = _cost(room, pupil, spec, agreement.tau) | {
+            "drafter": path.name,
+            "file_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "model": model,
+            "weights_sha256": identity,
+            "recipe": {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "device")},
+        }
+        drafter.write(path, tensors, config, training)
+        paths.append(path)
+    return paths
+
+
+def _cost(room: Classroom, pupil: Pupil, spec: Spec, tau: float) -> dict[str, Any]:
+    """What `harness.results.Training` tells of a method, but for its file."""
+    peaks = [room.shared.peak_allocated_bytes, pupil.cost.peak_allocated_bytes]
+    return {
+        "method": spec.name,
+        "device": corpora.device_name(room.trunk.device),
+        "tokens_seen": room.steps * min(room.recipe.batch, room.train_R.numel()) * room.length,
+        "data_tokens": room.corpus.tokens,
+        "steps": room.steps,
+        "seconds": pupil.cost.seconds,
+        "shared_seconds": room.shared.seconds,
+        "data_seconds": room.corpus.seconds,
+        "flops": room.steps * (pupil.cost.flops + room.shared.flops),
+        "peak_allocated_bytes": max((peak for peak in peaks if peak is not None), default=None),
+        "parameters": sum(p.numel() for p in pupil.trainee.module.parameters()),
+        "held_out_tau": tau,
+    }

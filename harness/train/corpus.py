@@ -1,0 +1,215 @@
+"""Text to learn from, written by the target itself: dialogues whose user turns are sampled and whose answers are greedy.
+
+No data set is needed, and what a drafter sees is what it will have to guess: the target's own greedy answers. All
+sequences are written in lockstep, one token of each a step, so nothing is padded. A file of prompts gives the first
+user turns instead where the user has one. Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.attention import CacheView
+from harness.errors import UserError
+from harness.paths import cache_dir
+from harness.sampling import Sampler
+from harness.trunk import Trunk
+
+USER_TURN = 96
+"longest sampled user turn, tokens"
+ANSWER = 192
+"longest greedy answer, tokens: a small model's greedy text repeats itself when it goes on"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """ids_RT: the text, R sequences of T tokens; greedy_RT: true where the token was the target's own first choice."""
+
+    ids_RT: Tensor
+    greedy_RT: Tensor
+    seconds: float
+    "what writing it took"
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_RT.numel()
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template as token ids: what opens a dialogue, and what stands between the turns."""
+
+    opening: list[int]
+    to_answer: list[int]
+    to_user: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Template:
+        """Cut the tokenizer's chat template at its contents. Raises UserError where it has none."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("this model has no chat template, so it cannot write dialogues to learn from: name an instruct model")
+        turns = [("user", "\x01"), ("assistant", "\x02"), ("user", "\x03")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        opening, rest = text.split("\x01")
+        to_answer, rest = rest.split("\x02")
+        to_user = rest.split("\x03")[0]
+        encode = lambda part: tokenizer.encode(part, add_special_tokens=False)  # noqa: E731
+        return cls(encode(opening), encode(to_answer), encode(to_user))
+
+
+@torch.no_grad()
+def write(
+    trunk: Trunk,
+    template: Template,
+    end_ids: Sequence[int],
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    first_turns: Sequence[Sequence[int]] | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> tuple[Tensor, Tensor]:
+    """Write `sequences` dialogues of `length` tokens at once: (ids_BT, greedy_BT), on the CPU.
+
+    `first_turns` are token ids of user turns to begin with, repeated as often as needed.
+    """
+    device = trunk.device
+    openings = [list(template.opening)] * sequences
+    if first_turns:
+        openings = [
+            [*template.opening, *first_turns[i % len(first_turns)], *template.to_answer][: length // 2]
+            for i in range(sequences)
+        ]
+    forced_B = torch.tensor([len(opening) for opening in openings], device=device)
+    longest = max(map(len, openings))
+    opening_BT = torch.tensor([opening + [0] * (longest - len(opening)) for opening in openings], device=device)
+    bridges = [template.to_answer, template.to_user]
+    width = max(map(len, bridges))
+    bridge_2W = torch.tensor([bridge + [0] * (width - len(bridge)) for bridge in bridges], device=device)
+    bridge_length_2 = torch.tensor([len(bridge) for bridge in bridges], device=device)
+    turn_limit_2 = torch.tensor([USER_TURN, ANSWER], device=device)
+    ends = torch.tensor(sorted(end_ids), device=device)
+    sampler = Sampler(1.0, 1.0, torch.Generator(device).manual_seed(seed))
+
+    # speaker: 0 user, 1 assistant. at: place in the bridge that ends the speaker's turn, or -1 while the turn lasts.
+    speaker_B = torch.full((sequences,), 1 if first_turns else 0, device=device)
+    at_B = torch.full_like(speaker_B, -1)
+    turn_B = torch.zeros_like(speaker_B)
+    ids_BT = torch.empty(sequences, length, dtype=torch.long, device=device)
+    greedy_BT = torch.zeros(sequences, length, dtype=torch.bool, device=device)
+    cache = trunk.cache(length, batch=sequences)
+    ids_BT[:, 0] = opening_BT[:, 0]
+    for step in range(1, length):
+        positions = torch.tensor([step - 1], device=device)
+        view = CacheView(cache, step - 1, positions, None, trunk.windows)
+        hidden_B1D, _ = trunk.run(trunk.embed(ids_BT[:, step - 1 : step]), positions, view)
+        logits_BV = trunk.head(hidden_B1D[:, 0])
+        chosen_B = logits_BV.argmax(-1)
+        said_B = torch.where(speaker_B == 1, chosen_B, sampler.draw(torch.softmax(logits_BV.float(), dim=-1)))
+
+        opening_now_B = forced_B > step
+        bridging_B = (at_B >= 0) & ~opening_now_B
+        talking_B = ~bridging_B & ~opening_now_B
+        ending_B = talking_B & (torch.isin(said_B, ends) | (turn_B >= turn_limit_2[speaker_B]))
+        place_B = torch.where(ending_B, 0, at_B).clamp_min(0)
+        token_B = torch.where(bridging_B | ending_B, bridge_2W[speaker_B, place_B], said_B)
+        token_B = torch.where(opening_now_B, opening_BT[:, min(step, longest - 1)], token_B)
+        ids_BT[:, step] = token_B
+        greedy_BT[:, step] = talking_B & (speaker_B == 1) & (token_B == chosen_B)
+
+        turn_B = torch.where(talking_B & ~ending_B, turn_B + 1, 0)
+        at_B = torch.where(bridging_B | ending_B, place_B + 1, -1)
+        over_B = at_B >= bridge_length_2[speaker_B]
+        speaker_B = torch.where(over_B, 1 - speaker_B, speaker_B)
+        at_B = torch.where(over_B, -1, at_B)
+        if step % 16 == 0:
+            on_step(step)
+    return ids_BT.cpu(), greedy_BT.cpu()
+
+
+def make(
+    trunk: Trunk,
+    tokenizer: Any,
+    end_ids: Sequence[int],
+    *,
+    identity: str,
+    tokens: int,
+    length: int,
+    batch: int,
+    seed: int,
+    first_turns: Sequence[str] | None = None,
+    on_progress: Callable[[str, float | None], None] = lambda step, fraction: None,
+) -> Corpus:
+    """The corpus of `tokens` tokens, read from the cache where it was written before, or written now and kept.
+
+    `identity` is the model's (its weights' SHA-256): another model writes another text.
+    """
+    key = json.dumps([identity, tokens, length, seed, list(first_turns or ())])
+    path = cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return read(path)
+    template = Template.of(tokenizer)
+    encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in first_turns or ()]
+    sequences = max(2, round(tokens / length))
+    parts: list[tuple[Tensor, Tensor]] = []
+    started = time.perf_counter()
+    for first in range(0, sequences, batch):
+        size = min(batch, sequences - first)
+        share = encoded[first % len(encoded) :] + encoded[: first % len(encoded)] if encoded else None
+
+        def tell(step: int, first: int = first, size: int = size) -> None:
+            done = first + size * step / length
+            rate = done * length / (time.perf_counter() - started)
+            on_progress(f"writing text to learn from ({rate:,.0f} tokens/s)", done / sequences)
+
+        parts.append(
+            write(
+                trunk, template, end_ids,
+                sequences=size, length=length, seed=seed + first, first_turns=share, on_step=tell,
+            )  # fmt: skip
+        )
+    ids_RT, greedy_RT = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, device_name(trunk.device))
+    save(path, corpus)
+    return corpus
+
+
+def save(path: Path, corpus: Corpus) -> None:
+    """Write a corpus atomically; ids as 16 bits where they fit."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = corpus.ids_RT.to(torch.uint16 if int(corpus.ids_RT.max()) < 2**16 else torch.int32)
+    partial = path.with_suffix(".partial")
+    save_file(
+        {"ids": ids, "greedy": corpus.greedy_RT.to(torch.uint8)},
+        partial,
+        {"seconds": str(corpus.seconds), "device": corpus.device},
+    )
+    partial.replace(path)
+
+
+def read(path: Path) -> Corpus:
+    """Read a corpus that `save` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        ids, greedy = file.get_tensor("ids"), file.get_tensor("greedy")
+    return Corpus(ids.long(), greedy.bool(), float(metadata["seconds"]), metadata["device"])
+
+
+def device_name(device: torch.device) -> str:
+    """What people call the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,219 @@
+"""One cell and one round in a process of its own: `python -m harness.worker JOB.json`.
+
+Loads, warms up, decodes every prompt that the result file does not have yet, and appends each trial at once. Whatever
+goes wrong becomes a row with its reason; a process that was killed leaves that to the parent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from harness import chat, child, dialogue, meters, method, weights
+from harness.decode import Limits, decode
+from harness.errors import UserError
+from harness.method import Method
+from harness.plan import Job, Plan, Turn
+from harness.results import Outcome, append_trial, read_trials
+from harness.sampling import Sampler
+from harness.target import Target
+from harness.weights import Bits, LoadedModel
+
+WARM_UP_TOKENS = 8
+SPARE_SLOTS = 64
+"""Cache slots beyond the longest text, the same for every method whose rounds fit, so that caches are alike."""
+
+
+def main() -> None:
+    emit = child.to_parent()
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job)
+    work(job, msgspec.json.decode(Path(job.plan).read_bytes(), type=Plan), emit)
+
+
+def work(job: Job, plan: Plan, emit: child.Emit) -> None:
+    turns = missing(job, plan)
+    try:
+        bench = set_up(job, plan)
+    except Exception as error:
+        fail(job, plan, turns, *diagnose(error), emit)
+        return
+    for turn in turns:
+        try:
+            measured = bench.trial(turn)
+        except Exception as error:
+            fail(job, plan, [turn], *diagnose(error), emit)
+        else:
+            append_trial(Path(job.trials), job.row(plan, turn, "ok", **measured))
+            emit(child.Decoded("ok", 1, len(measured["new_tokens"]) - 1, measured["decode_seconds"]))
+
+
+def fail(job: Job, plan: Plan, turns: Sequence[Turn], outcome: Outcome, reason: str, emit: child.Emit) -> None:
+    """Rows for turns that could not be measured."""
+    for turn in turns:
+        append_trial(Path(job.trials), job.row(plan, turn, outcome, reason=reason))
+    emit(child.Decoded(outcome, len(turns), reason=reason))
+
+
+def missing(job: Job, plan: Plan) -> list[Turn]:
+    """Turns of this cell and round that have no row; one that was killed is measured again."""
+    trials = Path(job.trials)
+    rows = [row[0] for row in read_trials(trials) if row is not None] if trials.is_file() else []
+    done = {row.key for row in rows if row.outcome != "killed"}
+    cell = plan.cells[job.cell].cell
+    return [turn for turn in plan.turns() if (cell.id, job.round, turn.prompt.id, turn.index) not in done]
+
+
+def diagnose(error: Exception) -> tuple[Outcome, str]:
+    """What a failure is called, and its reason in the row."""
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        return "unsupported", text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return "oom", text.partition("\n")[0] or "out of memory"
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
+    return "error", f"{type(error).__name__}: {text} (at {where})"
+
+
+# --- one cell, loaded ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A loaded target and its method, ready to decode."""
+
+    job: Job
+    plan: Plan
+    loaded: LoadedModel
+    target: Target
+    method: Method
+    sampler: Sampler
+    prompts: dict[tuple[str, int], list[int]]
+    gauges: meters.Gauges
+    load_bytes: int | None
+    limits: Limits
+
+    def warm_up(self) -> None:
+        first = next(iter(self.prompts.values()))
+        limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens), self.limits.end_ids)
+        for _ in decode(self.target, self.method, first, limits, self.sampler):
+            pass
+
+    def trial(self, turn: Turn) -> dict[str, Any]:
+        """Decode one turn; the measured fields of its row."""
+        prompt = self.prompts[turn.prompt.id, turn.index]
+        assert self.sampler.generator is not None
+        self.sampler.generator.manual_seed(seed_of(self.plan.seed, turn))
+        started = time.time()
+        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler)
+        (prefill, *steps), reading = meters.measure(rounds, self.gauges)
+        new_tokens = [token for step in (prefill, *steps) for token in step.committed]
+        memory = msgspec.structs.replace(
+            reading.memory,
+            load_bytes=self.load_bytes,
+            weights_bytes=self.loaded.weight_bytes,
+            drafter_bytes=self.method.drafter_bytes,
+            cache_bytes=self.target.cache.bytes,
+        )
+        return {
+            "lossless": self.method.lossless,
+            "device_name": meters.device_name(self.target.device),
+            "device_uuid": meters.uuid(self.target.device),
+            "started_unix_seconds": started,
+            "prompt_tokens": len(prompt),
+            "new_tokens": new_tokens,
+            "text": dialogue.decode(self.loaded.tokenizer, new_tokens),
+            "token_texts": dialogue.pieces(self.loaded.tokenizer, new_tokens) if self.job.round == 0 else None,
+            "prefill_seconds": reading.prefill_seconds,
+            "decode_seconds": reading.decode_seconds,
+            "round_seconds": reading.round_seconds,
+            "drafted": [step.drafted for step in steps],
+            "drafted_depth": [step.drafted_depth for step in steps],
+            "accepted": [step.accepted for step in steps],
+            "committed": [len(step.committed) for step in steps],
+            "host_syncs": sum(step.host_syncs for step in steps),
+            "memory": memory,
+            "energy_joules": reading.energy_joules,
+        }
+
+
+def seed_of(seed: int, turn: Turn) -> int:
+    """The same in every cell and round, so that what is drawn differs by method only."""
+    text = f"{seed}/{turn.prompt.id}/{turn.index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+def set_up(job: Job, plan: Plan) -> Bench:
+    exact_float32()
+    torch.manual_seed(plan.seed)
+    planned = plan.cells[job.cell]
+    cell = planned.cell
+    loaded = weights.load(
+        job.source,
+        Bits.parse(cell.bits),
+        device=cell.device,
+        dtype=cell.dtype,
+        trust_remote_code=plan.trust_remote_code,
+    )
+    answers = msgspec.json.decode(Path(job.first_answers).read_bytes(), type=dict[str, list[str]])
+    prompts = encoded(plan, loaded.tokenizer, answers)
+    sampler = Sampler(plan.temperature, plan.top_p, torch.Generator(cell.device))
+    room = max(map(len, prompts.values())) + plan.max_new_tokens
+    spec = method.Spec(cell.method, cell.options, cell.label)
+    drafter = None if planned.drafter is None else Path(planned.drafter)
+    try:
+        target, decoder = seat(loaded.model, spec, drafter, sampler, room)
+    except ValueError as error:  # a method or the target refuses what the user asked for, and says why
+        raise UserError(str(error)) from error
+    target.tap(decoder.taps)
+    gauges = meters.gauges(target.device)
+    limits = Limits(plan.max_new_tokens, chat.end_ids(loaded.model, loaded.tokenizer))
+    load_bytes = gauges.allocated_bytes()
+    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, load_bytes, limits)
+    bench.warm_up()
+    return bench
+
+
+def seat(model: Any, spec: method.Spec, drafter: Path | None, sampler: Sampler, room: int) -> tuple[Target, Method]:
+    """The method on a target whose cache holds `room` tokens and the slots that a round of the method reaches."""
+    kind, options = method.find(spec.name), method.options_of(spec)
+    spare = SPARE_SLOTS
+    while True:
+        target = Target(model, capacity=room + spare)
+        decoder = kind.load(target, options, drafter, sampler)
+        if decoder.reach <= spare:
+            return target, decoder
+        spare = decoder.reach
+
+
+def encoded(plan: Plan, tokenizer: Any, answers: dict[str, list[str]]) -> dict[tuple[str, int], list[int]]:
+    """Token ids of every turn, after the first answers that all cells share."""
+    return {
+        (turn.prompt.id, turn.index): dialogue.encode(
+            tokenizer,
+            turn.prompt.turns[: turn.index + 1],
+            answers.get(turn.prompt.id, [])[: turn.index],
+            system=plan.system,
+            raw=plan.raw,
+        )
+        for turn in plan.turns()
+    }
+
+
+def exact_float32() -> None:
+    """No TF32: at 32 bits a draft must not be rejected, nor a text differ, by a matrix unit's shortcut."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+if __name__ == "__main__":
+    main()

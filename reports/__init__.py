@@ -1,0 +1,1 @@
+"""Tables, charts and pages. Reads result files only and never imports torch."""

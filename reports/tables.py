@@ -1,0 +1,228 @@
+"""Rows as people read them: units in the header, numbers formatted here and nowhere before.
+
+`table` gives plain strings, `markdown` and `rich_table` set them. A slow-down is told as plainly as a speed-up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.metrics import GIB, Row, Verdict
+from harness.results import Cell
+from harness.stats import Interval
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+
+NOTHING = "\N{EN DASH}"
+WIDE_COLUMNS = 100
+NUMERIC = ("tok/s", "τ", "peak GiB", "tok/s per GiB")
+
+_VERDICTS: dict[str, str] = {
+    "reference": "reference",
+    "identical": "identical ({answers} answers)",
+    "differs": "DIFFERS: {differing} of {answers} answers, first at token {position}",
+    "near_tie_not_excluded": "differs (near-tie not excluded): {differing} of {answers} answers, "
+    "first at token {position}",
+    "not_testable": "{differing} of {answers} answers differ; not testable in {bits}",
+    "lossy_by_design": "lossy by design: {differing} of {answers} answers differ",
+    "sampled": "sampled: texts are not comparable",
+    "no_pairs": NOTHING,
+}
+
+
+def table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One dict a row, header to text, fastest first within each target."""
+    return [record(row, rows) for _, group in grouped(rows) for row in group]
+
+
+def record(row: Row, among: Sequence[Row]) -> dict[str, str]:
+    return {
+        "method": method(row),
+        "bits": target_name(row.cell, [other.cell for other in among]),
+        "tok/s": number(row.decode_tokens_per_second, 1),
+        "speed-up (95 %, these prompts, this machine)": speedup(row),
+        "(95 %, prompts like these)": span(row.speedup_prompts),
+        "τ": number(row.tau, 2),
+        "acceptance by depth": acceptance(row),
+        "peak GiB": number(gib(row.peak_bytes), 3),
+        "tok/s per GiB": number(row.tokens_per_second_per_gib, 1),
+        "identical to the target?": verdict(row),
+    }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A GitHub table; what could be markup in a label stays text."""
+    records = table(rows)
+    if not records:
+        return "No cells.\n"
+    headers = list(records[0])
+    rule = ["---:" if header in NUMERIC else "---" for header in headers]
+    lines = [[_markdown_text(text) for text in each.values()] for each in records]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headers, rule, *lines))
+
+
+def rich_table(rows: Sequence[Row]) -> ByTarget:
+    """For the terminal: print it with rich."""
+    return ByTarget(tuple(rows))
+
+
+@dataclass(frozen=True)
+class ByTarget:
+    """A table a target, as wide as the terminal allows: a narrow one leaves columns out rather than cut figures."""
+
+    rows: tuple[Row, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from (_terminal_table(target, group, options.max_width) for target, group in grouped(self.rows))
+        if any(row.synthetic for row in self.rows):
+            yield "Synthetic trials: these figures measure nothing."
+
+
+def _terminal_table(target: str, group: Sequence[Row], width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=f"\n{target}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    records = [_terminal_record(row) for row in group]
+    dropped = () if width >= WIDE_COLUMNS else ("accepted\nby depth", "peak\nGiB")
+    headers = [header for header in records[0] if header not in dropped]
+    longest = max(len(each["method"]) for each in records)
+    shown.add_column("method", overflow="fold", min_width=min(longest, 20))
+    for header in headers[1:]:
+        words = header in ("accepted\nby depth", "identical?")
+        shown.add_column(header, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row, each in zip(group, records, strict=True):
+        shown.add_row(*(Text(each[header], "bold" if row.is_baseline else "") for header in headers))
+    return shown
+
+
+def _terminal_record(row: Row) -> dict[str, str]:
+    word = direction(row.speedup).partition(" (")[0] if row.speedup else ""
+    word = "unclear" if word == "no clear difference" else word
+    return {
+        "method": plain(row.cell.label),
+        "tok/s": number(row.decode_tokens_per_second, 1),
+        "speed-up": f"{times(row.speedup.value)} {word}" if row.speedup else NOTHING,
+        "95 %": span(row.speedup).strip("()").replace(" to ", "-"),
+        "τ": number(row.tau, 2),
+        "accepted\nby depth": acceptance(row, depths=3).replace("0.", "."),
+        "peak\nGiB": number(gib(row.peak_bytes), 3),
+        "tok/s\nper GiB": number(row.tokens_per_second_per_gib, 1),
+        "identical?": _short_verdict(row),
+    }
+
+
+def _short_verdict(row: Row) -> str:
+    told = row.verdict
+    words = {"differs": "DIFFERS", "near_tie_not_excluded": "differs", "not_testable": "untestable"}
+    words |= {"lossy_by_design": "lossy", "no_pairs": NOTHING}
+    return words.get(told.kind, told.kind) + (f" {told.differing}/{told.answers}" if told.differing else "")
+
+
+def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by target, in the plan's order; in a target the fastest first, the baseline where its speed puts it."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.cell.target, []).append(row)
+    cells = [row.cell for row in rows]
+    return [
+        (target_name(group[0].cell, cells), sorted(group, key=lambda row: -(row.decode_tokens_per_second or -math.inf)))
+        for group in groups.values()
+    ]
+
+
+def target_name(cell: Cell, among: Sequence[Cell]) -> str:
+    """Bits, and of weights, runtime, device and model what tells this target from the others."""
+    parts = [bits_name(cell.bits)]
+    if cell.weights != "base":
+        parts.append(f"weights {cell.weights}")
+    parts += [
+        str(getattr(cell, name))
+        for name in ("runtime", "device", "model")
+        if len({getattr(other, name) for other in among}) > 1
+    ]
+    return plain(", ".join(parts))
+
+
+def bits_name(bits: str) -> str:
+    """`16 bits`; a quantised target keeps its identity: `8 bits (int8:t6)`."""
+    if bits.isdigit():
+        return f"{bits} bits"
+    return {"int8": "8 bits", "nf4": "4 bits"}.get(bits.partition(":")[0], "bits") + f" ({plain(bits)})"
+
+
+def method(row: Row) -> str:
+    notes = ["baseline"] * row.is_baseline + ["synthetic"] * row.synthetic
+    if row.trials_failed:
+        outcomes = ", ".join(outcome for outcome in row.outcomes if outcome != "ok")
+        notes.append(f"{row.trials_failed} of {row.trials_ok + row.trials_failed} trials failed: {outcomes}")
+    elif not row.trials_ok:
+        notes.append("not measured")
+    return plain(row.cell.label) + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def speedup(row: Row) -> str:
+    if row.is_baseline:
+        return "1 by definition"
+    if row.speedup is None:
+        return NOTHING
+    return f"{times(row.speedup.value)} {span(row.speedup)} {direction(row.speedup)}".replace(f" {NOTHING} ", " ")
+
+
+def direction(interval: Interval) -> str:
+    """The word beside a speed-up."""
+    if interval.low is None or interval.high is None:
+        return "faster (one round: no interval)" if interval.value > 1 else "slower (one round: no interval)"
+    return "faster" if interval.low > 1 else "slower" if interval.high < 1 else "no clear difference"
+
+
+def span(interval: Interval | None) -> str:
+    if interval is None or interval.low is None or interval.high is None:
+        return NOTHING
+    return f"({interval.low:.2f} to {interval.high:.2f})"
+
+
+def acceptance(row: Row, depths: int = 5) -> str:
+    shares = [number(depth.probability, 2) for depth in row.acceptance]
+    return " ".join(shares[:depths] + ["…"] * (len(shares) > depths)) or NOTHING
+
+
+def verdict(row: Row) -> str:
+    told: Verdict = row.verdict
+    if told.kind == "reference" and told.differing:
+        return f"reference; {told.differing} of {told.answers} answers differ between its own rounds"
+    position = None if told.first_position is None else told.first_position + 1
+    return _VERDICTS[told.kind].format(
+        answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits)
+    )
+
+
+def number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def gib(size_bytes: int | None) -> float | None:
+    return None if size_bytes is None else size_bytes / GIB
+
+
+def scaled(value: float | None, factor: float, digits: int) -> str:
+    return NOTHING if value is None else number(value * factor, digits)
+
+
+def plain(text: str) -> str:
+    """Text from a file, without what a terminal or a table could take for a command."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _markdown_text(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)

@@ -1,0 +1,155 @@
+"""The sentences that a reader takes away, computed from the rows: the answer, and a line for each chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.metrics import Row
+from harness.results import Training
+from harness.stats import Interval
+from reports.tables import gib, grouped, number, plain, times
+
+NOISY_SPREAD = 0.05
+UNFAITHFUL = ("lossy_by_design", "differs")
+
+
+def answers(rows: Sequence[Row], device: str) -> list[str]:
+    """For each target one sentence: what is fastest, what gives the most per GiB, and how sure that is."""
+    return [f"In {target} on {plain(device)}, {_answer(group)}" for target, group in grouped(rows)]
+
+
+def _answer(group: Sequence[Row]) -> str:
+    compared = [row for row in group if row.speedup is not None]
+    faithful = [row for row in compared if row.verdict.kind not in UNFAITHFUL]
+    if not compared:
+        measured = any(row.is_baseline and row.trials_ok for row in group)
+        why = "no method finished a prompt that the baseline finished" if measured else "there is no baseline measured"
+        return f"{why}: no speed-up can be given."
+    if not faithful:
+        return "no method that finished keeps the target's text: see the table."
+    best = max(faithful, key=_speedup)
+    text = _fastest(best, faithful) + _faster_but_unfaithful(best, compared)
+    per_gib = [row for row in faithful if row.per_gib_relative is not None]
+    return text + (
+        f"; {_most_per_gib(max(per_gib, key=_per_gib), best)}." if per_gib else "; peak memory is not known."
+    )
+
+
+def _fastest(best: Row, rivals: Sequence[Row]) -> str:
+    label, interval = plain(best.cell.label), best.speedup
+    assert interval is not None
+    if interval.value <= 1:
+        return f"nothing is faster than plain decoding; {label} comes nearest at {_sure(interval)}"
+    if interval.low is not None and interval.low <= 1:
+        return f"nothing is clearly faster than plain decoding; {label} leads at {_sure(interval)}"
+    level = [plain(row.cell.label) for row in rivals if row is not best and _overlap(row.speedup, interval)]
+    tie = f", level with {_listed(level)} whose interval overlaps" if level else ""
+    return f"{label} is fastest at {_sure(interval, ' plain decoding')}{tie}"
+
+
+def _most_per_gib(row: Row, fastest: Row) -> str:
+    relative = row.per_gib_relative
+    assert relative is not None
+    sure = _sure(relative, " the baseline's")
+    if relative.value <= 1:
+        return f"none gives more tok/s per GiB than plain decoding (best: {plain(row.cell.label)}, {sure})"
+    who = "it also" if row is fastest else plain(row.cell.label)
+    return f"{who} gives the most tok/s per GiB, {number(row.tokens_per_second_per_gib, 1)}, {sure}"
+
+
+def _faster_but_unfaithful(best: Row, compared: Sequence[Row]) -> str:
+    ahead = [row for row in compared if row.verdict.kind in UNFAITHFUL and _speedup(row) > _speedup(best)]
+    if not ahead:
+        return ""
+    names = _listed([f"{plain(row.cell.label)} ({times(_speedup(row))})" for row in ahead])
+    return f" ({names} ran faster but did not keep the target's text)"
+
+
+def against_itself(rows: Sequence[Row]) -> list[str]:
+    """A/A: for each baseline, how far its own speed moved between rounds, and whether that is too far."""
+    lines = []
+    for target, group in grouped(rows):
+        for row in group:
+            speeds = list(row.speed_by_round.values())
+            if row.is_baseline and len(speeds) > 1:
+                spread = max(speeds) / min(speeds) - 1
+                advice = ": too noisy for small differences; close other programs, or add rounds" * (
+                    spread > NOISY_SPREAD
+                )
+                lines.append(
+                    f"{target}: the baseline against itself ran at {min(speeds):.1f} to {max(speeds):.1f} tok/s "
+                    f"over {len(speeds)} rounds (spread {100 * spread:.1f} %){advice}."
+                )
+    return lines
+
+
+def scatter_line(rows: Sequence[Row]) -> str:
+    placed = [(row, target) for target, group in grouped(rows) for row in group if row.tokens_per_second_per_gib]
+    densest, densest_target = max(placed, key=lambda pair: pair[0].tokens_per_second_per_gib or 0)
+    fastest, fastest_target = max(placed, key=lambda pair: pair[0].decode_tokens_per_second or 0)
+    return (
+        f"Most for its memory: {plain(densest.cell.label)} in {densest_target}, "
+        f"{number(densest.tokens_per_second_per_gib, 1)} tok/s per GiB. "
+        f"Highest speed: {plain(fastest.cell.label)} in {fastest_target}, "
+        f"{number(fastest.decode_tokens_per_second, 1)} tok/s in {number(gib(fastest.peak_bytes), 3)} GiB."
+    )
+
+
+def acceptance_line(rows: Sequence[Row]) -> str:
+    first = [(row.acceptance[0].probability or 0.0, row) for row in rows if row.acceptance]
+    (high, best), (low, worst) = (pick(first, key=lambda pair: pair[0]) for pick in (max, min))
+    text = f"The first drafted token of {plain(best.cell.label)} is accepted in {100 * high:.0f} % of its passes"
+    return f"{text}, of {plain(worst.cell.label)} in {100 * low:.0f} %." if best is not worst else f"{text}."
+
+
+def category_line(rows: Sequence[Row]) -> str:
+    each = [(part.speedup.value, part.category, row) for row in rows for part in row.speedup_by_category]
+    (high, best, winner), (low, worst, loser) = (pick(each, key=lambda part: part[0]) for pick in (max, min))
+    slower = sum(value < 1 for value, _, _ in each)
+    return (
+        f"Highest: {plain(winner.cell.label)} on {plain(best)}, {times(high)}; "
+        f"lowest: {plain(loser.cell.label)} on {plain(worst)}, {times(low)}. "
+        f"{slower} of {len(each)} pairs of method and category are slower than plain decoding."
+    )
+
+
+def training_line(training: Sequence[Training]) -> str:
+    known = [(one.held_out_tau, one) for one in training if one.held_out_tau is not None]
+    tau, best = max(known, key=lambda pair: pair[0])
+    cheapest = min((one for _, one in known), key=training_seconds)
+    text = f"{plain(best.method)} reaches the highest held-out τ, {tau:.2f}, after {training_seconds(best):,.0f} s"
+    if cheapest is best:
+        return f"{text}, and costs the least."
+    cost = f"{training_seconds(cheapest):,.0f} s for {cheapest.held_out_tau:.2f}"
+    return f"{text}; {plain(cheapest.method)} costs the least, {cost}."
+
+
+def training_seconds(one: Training) -> float:
+    """All that a drafter took: its own steps, the target's passes and the writing of the text."""
+    return one.seconds + one.shared_seconds + one.data_seconds
+
+
+def _sure(interval: Interval, of: str = "") -> str:
+    if interval.low is None or interval.high is None:
+        return f"{times(interval.value)}{of} (one round: no interval)"
+    return f"{times(interval.value)}{of} (95 % interval {interval.low:.2f} to {interval.high:.2f})"
+
+
+def _speedup(row: Row) -> float:
+    assert row.speedup is not None
+    return row.speedup.value
+
+
+def _per_gib(row: Row) -> float:
+    assert row.per_gib_relative is not None
+    return row.per_gib_relative.value
+
+
+def _overlap(one: Interval | None, two: Interval) -> bool:
+    if one is None or one.low is None or one.high is None or two.low is None or two.high is None:
+        return False
+    return one.low <= two.high and two.low <= one.high
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,128 @@
+"""The command line: quick help, one line for a mistake, a traceback for a bug."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import factory
+import msgspec
+import pytest
+
+from harness import cli
+from harness.results import append_trial, write_manifest
+
+HEAVY = ("torch", "transformers", "pandas", "altair", "scipy", "huggingface_hub")
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """What is imported once this command line is done, in a fresh process."""
+    code = f"import sys; from harness.cli import main; main({list(arguments)!r}); print('\\n', *sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split("\n ")[-1].split())
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a wrong command line gives."""
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harness: ")
+    return line
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help")])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    assert not modules_after(*arguments).intersection(HEAVY)
+
+
+def test_report_needs_no_torch(tmp_path: Path) -> None:
+    run = factory.run(factory.trial(factory.cell()), factory.trial(factory.cell("echo")))
+    write_manifest(tmp_path, run.manifest)
+    for trial in run.rows:
+        append_trial(tmp_path / "trials.jsonl", trial)
+    assert "torch" not in modules_after("report", str(tmp_path))
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("run", "--mehods", "ar"), "Did you mean --methods?"),
+        (("run", "--rounds", "many"), "--rounds"),
+        (("run", "ar"), "ar"),
+        (("run", "--methods", "prompt-lokup"), "did you mean 'prompt-lookup'"),
+        (("run", "--methods", "prompt-lookup:gama=3"), "gamma"),
+        (("run", "--prompts", "qick"), "did you mean 'quick'"),
+        (("run", "--device", "gpu"), "choose auto, cuda"),
+        (("run", "--model", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("run", "--config", "/nowhere.toml"), "no file /nowhere.toml"),
+        (("report", "/nowhere"), "is not a run"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint in mistake(capsys, *arguments)
+
+
+def test_an_absent_device_is_a_mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.host.present", lambda device: device == "cpu")
+    assert "no mps here: torch sees cpu" in mistake(capsys, "run", "--device", "mps")
+
+
+def test_a_config_file_is_the_command_line_in_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text('bits = [32, 8]\nmax-new-tokens = 5\n[[methods]]\nname = "prompt-lookup"\ngamma = 3\nlabel = "short"\n')
+    assert cli.main(["run", "--config", str(config), "--max-new-tokens", "7", "--dry-run", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "short" in shown
+    assert "int8:t6" in shown
+    assert "up to 7 new tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("metods = 'ar'", "did you mean 'methods'"), ("bits = ", "is not TOML"), ("rounds = 0", "rounds")]
+)
+def test_a_mistake_in_a_config_file_names_the_file(
+    text: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text(text)
+    line = mistake(capsys, "run", "--config", str(config))
+    assert hint in line
+    assert "mine.toml" in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "make_plan", lambda request: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run"])
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(request: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_plan", interrupt)
+    assert cli.main(["run"]) == 130
+    assert capsys.readouterr().err == "harness: interrupted\n"
+
+
+def test_list_shows_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from harness import method, terminal
+
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in method.installed():
+        assert f"  {name}: " in shown
+        kind = method.find(name)
+        described = terminal.options(kind)
+        assert set(described) == {field.name for field in msgspec.structs.fields(kind.Options)}
+        assert all(text for _, text in described.values()), name
+    assert "standard: " in shown
+
+
+def test_doctor_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("torch", "device", "disk", "default model", "s3d drafter"):
+        assert name in shown

@@ -1,0 +1,71 @@
+"""Trees: what their shape says about them, and that the device builds the same shape as the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench import steady
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.draft import chain, dynamic_tree, nothing, point_chain, tree
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def parent_lists(draw: st.DrawFn, most: int = 12) -> tuple[int, ...]:
+    size = draw(st.integers(0, most))
+    return tuple(draw(st.integers(0, node)) for node in range(size))
+
+
+def path(parents: tuple[int, ...], node: int) -> list[int]:
+    """The slow way: a node and everything above it, the root last."""
+    return [node] if node == 0 else [node, *path(parents, parents[node - 1])]
+
+
+@steady
+@given(parent_lists())
+def test_ancestors_and_depth_are_those_of_walking_up(parents: tuple[int, ...]) -> None:
+    shape = tree(parents, CPU)
+    for node in range(len(parents) + 1):
+        above = path(parents, node)
+        assert shape.ancestors_MM[node].nonzero().flatten().tolist() == sorted(above)
+        assert int(shape.depth_M[node]) == len(above) - 1
+    assert shape.longest == int(shape.depth_M.max())
+
+
+@steady
+@given(parent_lists(), st.integers(0, 3))
+def test_a_tree_built_on_the_device_equals_the_static_one(parents: tuple[int, ...], slack: int) -> None:
+    static = tree(parents, CPU)
+    built = dynamic_tree(torch.tensor(parents, dtype=torch.long), static.longest + slack)
+    assert torch.equal(built.parents_M, static.parents_M)
+    assert torch.equal(built.depth_M, static.depth_M)
+    assert torch.equal(built.ancestors_MM, static.ancestors_MM)
+
+
+@steady
+@given(st.integers(0, 8))
+def test_a_chain_needs_no_mask_because_it_is_the_lower_triangle(length: int) -> None:
+    shape = chain(length, CPU)
+    assert shape.chain
+    assert torch.equal(shape.ancestors_MM, torch.ones(length + 1, length + 1).tril().bool())
+
+
+@steady
+@given(parent_lists())
+def test_only_a_path_calls_itself_a_chain(parents: tuple[int, ...]) -> None:
+    assert tree(parents, CPU).chain == (parents == tuple(range(len(parents))))
+
+
+@pytest.mark.parametrize("parents", [(1,), (0, 2), (0, -1)])
+def test_a_parent_after_its_child_is_refused(parents: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="before their children"):
+        tree(parents, CPU)
+
+
+def test_drafts_of_no_randomness() -> None:
+    assert len(nothing(CPU)) == 0
+    assert point_chain([5, 6, 7], CPU).tokens_N.tolist() == [5, 6, 7]
+    assert len(point_chain([], CPU)) == 0

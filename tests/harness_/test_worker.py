@@ -1,0 +1,210 @@
+"""One cell on a tiny model, in this process: what a row says, and that it adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import bench
+import msgspec
+import pytest
+import tiny_chat
+import torch
+
+import prompts
+from harness import child, dialogue, drafter, meters, prepare, weights, worker
+from harness.errors import UserError
+from harness.plan import Job, Plan, plan, read_request
+from harness.results import Trial, append_trial, read_trials
+from harness.weights import Bits, ModelSource
+
+NEW_TOKENS = 24
+
+
+class Ready(msgspec.Struct):
+    """A prepared run."""
+
+    directory: Path
+    plan: Plan
+    prepared: child.Prepared
+
+    def job(self, label: str, round: int = 0) -> Job:
+        index = next(i for i, one in enumerate(self.plan.cells) if one.cell.label == label)
+        return Job(
+            run="toy",
+            plan=str(self.directory / "plan.json"),
+            trials=str(self.directory / f"{index}.jsonl"),
+            first_answers=str(self.directory / "first_answers.json"),
+            source=self.prepared.sources[self.plan.cells[index].cell.weights],
+            cell=index,
+            round=round,
+            order=0,
+        )
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
+    directory = tmp_path_factory.mktemp("worker")
+    model = tiny_chat.save(directory / "toy")
+    made = bench.trainee("s3d", weights.load(weights.resolve(str(model)), Bits(32), device="cpu").model, mode="shared")
+    bench.write(directory / "shared.safetensors", made)
+    request = read_request(
+        {
+            "methods": f"ar,prompt-lookup,s3d:mode=shared:drafter={directory / 'shared.safetensors'}",
+            "bits": 32,
+            "max_new_tokens": NEW_TOKENS,
+        }
+    )
+    prompt_set = prompts.load(str(tiny_chat.prompts(directory / "prompts.jsonl")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_CACHE", str(directory / "cache"))
+        planned = plan(request, source=weights.resolve(str(model)), device="cpu", prompt_set=prompt_set)
+        (directory / "plan.json").write_bytes(msgspec.json.encode(planned))
+        events: list[child.Event] = []
+        prepare.prepare(directory, events.append)
+        assert isinstance(events[-1], child.Prepared)
+        yield Ready(directory, planned, events[-1])
+
+
+@pytest.fixture(scope="module")
+def rows(ready: Ready) -> dict[str, list[Trial]]:
+    found = {}
+    for one in ready.plan.cells:
+        job = ready.job(one.cell.label)
+        worker.work(job, ready.plan, lambda event: None)
+        found[one.cell.label.partition(":drafter")[0]] = [row[0] for row in read_trials(Path(job.trials)) if row]
+    return found
+
+
+def test_every_turn_is_measured(rows: dict[str, list[Trial]]) -> None:
+    turns = [("one", 0), ("two", 0), ("two", 1), ("three", 0)]
+    for label, trials in rows.items():
+        assert [(t.prompt_id, t.turn) for t in trials] == turns, label
+        assert {(t.outcome, t.reason) for t in trials} == {("ok", None)}, label
+
+
+def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:
+    for trial in (trial for trials in rows.values() for trial in trials):
+        assert trial.new_tokens is not None
+        assert trial.committed is not None
+        assert trial.round_seconds is not None
+        assert trial.token_texts is not None
+        assert sum(trial.committed) == len(trial.new_tokens) - 1
+        assert sum(trial.round_seconds) == pytest.approx(trial.decode_seconds)
+        assert len(trial.round_seconds) == len(trial.drafted or ()) == len(trial.accepted or ()) == trial.host_syncs
+        assert "".join(trial.token_texts) == trial.text
+        assert len(trial.token_texts) == len(trial.new_tokens) <= NEW_TOKENS
+        assert trial.memory is not None
+        assert trial.memory.peak_rss_bytes is not None
+        assert trial.memory.peak_allocated_bytes is None
+        assert trial.energy_joules is None
+
+
+def test_the_greedy_text_does_not_depend_on_the_method(rows: dict[str, list[Trial]]) -> None:
+    def texts(label: str) -> list[list[int] | None]:
+        return [trial.new_tokens for trial in rows[label]]
+
+    assert texts("prompt-lookup") == texts("ar")
+    assert texts("s3d:mode=shared") == texts("ar:weights=s3d-shared")
+    assert texts("s3d:mode=shared") != texts("ar")
+
+
+def test_a_later_turn_follows_the_same_first_answer_everywhere(ready: Ready, rows: dict[str, list[Trial]]) -> None:
+    answers = msgspec.json.decode((ready.directory / "first_answers.json").read_bytes())
+    assert list(answers) == ["two"]
+    assert answers["two"] == [rows["ar"][1].text]
+    assert len({trials[2].prompt_tokens for trials in rows.values()}) == 1
+
+
+def test_what_is_in_the_file_is_not_measured_again(ready: Ready) -> None:
+    job = msgspec.structs.replace(ready.job("ar"), trials=str(ready.directory / "resumed.jsonl"), round=1)
+    first, second, *_ = ready.plan.turns()
+    append_trial(Path(job.trials), job.row(ready.plan, first, "ok", text="kept"))
+    append_trial(Path(job.trials), job.row(ready.plan, second, "killed", reason="killed by SIGKILL"))
+    events: list[child.Event] = []
+    worker.work(job, ready.plan, events.append)
+    trials = [row[0] for row in read_trials(Path(job.trials)) if row]
+    assert len(events) == 3
+    assert [t.prompt_id for t in trials] == ["one", "two", "two", "two", "three"]
+    assert [t.text for t in trials if t.prompt_id == "one"] == ["kept"]
+    assert all(t.token_texts is None for t in trials), "pieces are stored in round 0 only"
+
+
+def test_sampling_repeats_for_a_seed_and_differs_between_prompts(ready: Ready) -> None:
+    hot = msgspec.structs.replace(ready.plan, temperature=1.0)
+    job = ready.job("prompt-lookup")
+    made = worker.set_up(job, hot)
+    one, two, _, three = hot.turns()
+    first = made.trial(one)["new_tokens"]
+    made.trial(three)
+    assert made.trial(one)["new_tokens"] == first
+    assert len({worker.seed_of(0, turn) for turn in (one, two, three)}) == 3
+
+
+def test_a_merged_target_is_the_base_plus_the_deltas(ready: Ready) -> None:
+    from methods.s3d import S3D
+
+    base = weights.load(ready.plan.model, Bits(32), device="cpu").model.state_dict()
+    merged = weights.load(ready.prepared.sources["s3d-shared"], Bits(32), device="cpu").model.state_dict()
+    deltas = S3D.deltas(ready.directory / "shared.safetensors")
+    assert deltas
+    for name, tensor in base.items():
+        expected = tensor + deltas.get(name.removeprefix("model."), torch.zeros(()))
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
+
+
+def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "first_answers", lambda *_: pytest.fail("made again"))
+    events: list[child.Event] = []
+    prepare.prepare(ready.directory, events.append)
+    assert events[-1] == ready.prepared
+
+
+def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> None:
+    model = tiny_chat.save(tmp_path / "plain", chat=False)
+    tokenizer = weights.load(ModelSource("plain", str(model), "local"), Bits(32), device="cpu").tokenizer
+    with pytest.raises(UserError, match="--raw"):
+        dialogue.encode(tokenizer, ["Hello."], [], system=None, raw=False)
+    ids = dialogue.encode(tokenizer, ["Hello.", "More."], ["Hi!"], system=None, raw=True)
+    assert tokenizer.decode(ids) == "Hello.\n\nHi!\n\nMore."
+
+
+def test_pieces_of_a_text_join_to_it(ready: Ready) -> None:
+    tokenizer = weights.load(ready.plan.model, Bits(32), device="cpu").tokenizer
+    ids = tokenizer("naïve — ça va 🙂<|end|>", add_special_tokens=False).input_ids
+    parts = dialogue.pieces(tokenizer, ids)
+    assert len(parts) == len(ids)
+    assert "".join(parts) == "naïve — ça va 🙂"
+    assert "\ufffd" not in "".join(parts)
+
+
+def test_a_system_message_comes_first(ready: Ready) -> None:
+    tokenizer = weights.load(ready.plan.model, Bits(32), device="cpu").tokenizer
+    ids = dialogue.encode(tokenizer, ["Hi."], [], system="Be brief.", raw=False)
+    assert tokenizer.decode(ids) == "<|system|>Be brief.<|end|><|user|>Hi.<|end|><|assistant|>"
+
+
+def test_running_out_of_memory_is_told_from_a_bug() -> None:
+    assert worker.diagnose(torch.OutOfMemoryError("CUDA out of memory. Tried 80 GiB\nmore")) == (
+        "oom",
+        "CUDA out of memory. Tried 80 GiB",
+    )
+    assert worker.diagnose(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"))[0] == "oom"
+    assert worker.diagnose(UserError("choose 3")) == ("unsupported", "choose 3")
+    try:
+        drafter.tensors(Path("/nowhere.safetensors"))
+    except Exception as error:
+        outcome, reason = worker.diagnose(error)
+    assert outcome == "error"
+    assert "nowhere" in reason
+    assert "drafter.py" in reason
+
+
+def test_the_stopwatch_charges_each_round_to_its_own_yield(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 6.0, 7.0])
+    monkeypatch.setattr(meters, "perf_counter", lambda: next(clock))
+    steps, reading = meters.measure(iter("abc"), meters.Gauges())
+    assert steps == ["a", "b", "c"]
+    assert reading.prefill_seconds == 1.0
+    assert reading.round_seconds == [2.0, 4.0], "the last round ends when the device is idle"
+    assert reading.decode_seconds == 6.0

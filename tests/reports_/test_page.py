@@ -1,0 +1,309 @@
+"""The page: whole, self-contained, honest about what is missing, and deaf to what a model or a prompt says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+from factory import cell, failed, run, trial
+from rich.console import Console
+
+from harness.metrics import summary
+from harness.results import Run, Training, Trial
+from reports.page import render, write
+from reports.tables import markdown, rich_table, table
+from reports.words import answers
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7*7 }}&amp;</style>|`*_"""
+SECTIONS = [
+    *("Results", "Speed against memory", "Acceptance by depth", "Speed-up by category", "What training cost"),
+    *("What was written, pass by pass", "Where and how it ran", "How every number is defined"),
+]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text by tag, and that every tag is closed by its own end."""
+
+    VOID = frozenset(("meta", "br", "img", "link"))
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.headings: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    @property
+    def words(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.text))
+
+
+def method_run(rounds: int = 3, method_seconds: float = 0.05, **changes: object) -> Run:
+    trials = [
+        trial(
+            cell(name),
+            committed,
+            seconds * (1 + 0.001 * index),
+            round=index,
+            prompt_id=prompt,
+            category=category,
+            token_texts=[f" t{n}" for n in range(sum(committed) + 1)] if index == 0 else None,
+        )
+        for index in range(rounds)
+        for prompt, category in (("p0", "writing"), ("p1", "code"))
+        for name, committed, seconds in (("ar", [1] * 6, 0.1), ("s3d", [3, 1, 2], method_seconds * 2))
+    ]
+    return run(*trials, **changes)
+
+
+def training(**changes: object) -> Training:
+    fields = {"method": "s3d", "drafter": "s3d.safetensors", "device": "toy", "tokens_seen": 10, "data_tokens": 10}
+    fields |= {"steps": 1, "seconds": 50.0, "shared_seconds": 5.0, "data_seconds": 1.0, "flops": 1e15}
+    return Training(**fields | {"parameters": 1000, "file_bytes": 4000, "held_out_tau": 2.5} | changes)
+
+
+def test_the_sections_stand_in_order() -> None:
+    assert Page(render([method_run(training=[training(), training(method="eagle")])])).headings == SECTIONS
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
+    html = render([method_run(training=[training(), training(method="eagle", held_out_tau=3.0)])])
+    page = Page(html)
+    policy = [
+        attrs for tag, attrs in page.tags if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert [attrs["content"] for attrs in policy] == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+    }
+    for _, attrs in page.tags:
+        assert not {"src", "href", "srcset", "action", "xlink:href"} & set(attrs)
+        assert not any(name.startswith("on") for name in attrs)
+    assert not re.search(r"@import|https?://(?!www\.w3\.org/2000/svg)", html)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", html))
+
+
+def hostile_run() -> Run:
+    texts = [HOSTILE, "</span></p>", "\x1b[31m", " ok"]
+    trials = [
+        trial(
+            cell(name, label=HOSTILE if name == "s3d" else name, device="cpu"),
+            [1, 2] if name == "s3d" else [1, 1, 1],
+            prompt_id=f"{HOSTILE}{prompt}",
+            category=f"{HOSTILE}{prompt}",
+            text="".join(texts),
+            token_texts=texts if prompt else None,
+            device_name=HOSTILE,
+        )
+        for name in ("ar", "s3d")
+        for prompt in (0, 1)
+    ]
+    return run(
+        *trials,
+        failed(cell("eagle", label=f"e{HOSTILE}", device="cpu"), "error", HOSTILE),
+        model=HOSTILE,
+        warnings=[HOSTILE],
+        system=HOSTILE,
+        command=[HOSTILE],
+        prompt_set=HOSTILE,
+        host={HOSTILE: {HOSTILE: [HOSTILE]}},
+        versions={HOSTILE: HOSTILE},
+        training=[training(method=HOSTILE, drafter=HOSTILE, device=HOSTILE), training(method=f"2{HOSTILE}")],
+    )
+
+
+def test_hostile_text_stays_text() -> None:
+    page = Page(render([hostile_run()]))
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe"}
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert "<script>alert(1)</script>" in page.words
+    assert "{{ 7*7 }}" in page.words
+    assert "49" not in page.words.split()
+
+
+def test_hostile_labels_break_no_markdown_table_and_no_terminal() -> None:
+    rows = summary(hostile_run())
+    for line in markdown(rows).splitlines():
+        assert len(re.findall(r"(?<!\\)\|", line)) == len(table(rows)[0]) + 1
+    assert not re.search(r"(?<!\\)<", markdown(rows))
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(rich_table(summary(run(trial(cell("s3d", label="[red]\x1b[31mx"))))))
+    assert "[red] [31mx" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_terminal_table_cuts_no_figure(width: int) -> None:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    rows = summary(method_run())
+    console.print(rich_table(rows))
+    told = console.export_text()
+    for figure in ("20.0", f"2.00{TIMES} faster", "2.00", "40.0", "identical"):
+        assert figure in told
+    assert ("0.500" in told) == (width >= 100), "a narrow terminal leaves peak memory out"
+
+
+def test_charts_are_images_with_a_name_and_a_description() -> None:
+    page = Page(render([method_run(training=[training(), training(method="eagle")])]))
+    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(charts) == 4
+    assert len(ids) == len(set(ids))
+    for attrs in charts:
+        assert attrs["role"] == "img"
+        assert set((attrs["aria-labelledby"] or "").split()) <= set(ids)
+
+
+def test_several_runs_stay_apart_and_share_no_id() -> None:
+    page = Page(render([method_run(model="one"), method_run(model="two")]))
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert page.headings == SECTIONS[:-1] * 2 + SECTIONS[-1:]
+
+
+def test_an_empty_section_says_so_in_a_line() -> None:
+    words = Page(render([run(failed(cell("s3d")), failed(cell("ar")))])).words
+    for line in (
+        "no speed-up can be given",
+        "No cell has both a speed and a peak memory.",
+        "No method drafted anything.",
+        "No method has a prompt in common with its baseline.",
+        "No drafter in this run records what it cost to train.",
+        "No trial holds a text.",
+        "out of memory",
+    ):
+        assert line in words
+
+
+def test_a_run_of_nothing_renders() -> None:
+    assert "No cell was planned" in Page(render([run(rounds=1, host={}, versions={})])).words
+
+
+@pytest.mark.parametrize("preliminary", [True, False])
+def test_the_preliminary_banner_follows_the_manifest(preliminary: bool) -> None:
+    assert ("PRELIMINARY" in Page(render([method_run(preliminary=preliminary)])).words) == preliminary
+
+
+def test_synthetic_trials_are_labelled_and_others_are_not() -> None:
+    made_up = method_run()
+    measured = [msgspec.structs.replace(each, synthetic=False) for each in made_up.rows]
+    assert "SYNTHETIC" in Page(render([made_up])).words
+    assert "SYNTHETIC" not in Page(render([run(*measured)])).words
+    mixed = Page(render([run(*(each for each in made_up.rows if each.cell.method == "ar"), *measured[1::2])])).words
+    assert mixed.count("SYNTHETIC") == 2, "the banner and the one row"
+
+
+def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
+    assert re.search(
+        rf"s3d is fastest at 2\.00{TIMES} plain decoding \(95 % interval [\d.]+ to [\d.]+\)",
+        answer(method_run()),
+    )
+    assert f"s3d is fastest at 2.00{TIMES} plain decoding (one round: no interval)" in answer(method_run(rounds=1))
+
+
+def test_a_slowdown_is_as_plain_as_a_speedup() -> None:
+    slow = method_run(method_seconds=0.2)
+    assert f"nothing is faster than plain decoding; s3d comes nearest at 0.50{TIMES}" in answer(slow)
+    assert "none gives more tok/s per GiB than plain decoding" in answer(slow)
+    assert [each["speed-up (95 %, these prompts, this machine)"][-6:] for each in table(summary(slow))][1] == "slower"
+    assert "slower" in Page(render([slow])).words
+
+
+def test_a_lossy_or_diverged_method_never_wins_the_headline() -> None:
+    fast = trial(cell("medusa"), [2, 2, 2], 0.01, lossless=False)
+    diverged = trial(cell("eagle"), [2, 2, 2], 0.02, tokens=[9] * 7)
+    told = answer(run(trial(cell("ar"), [1] * 6), trial(cell("s3d"), [3, 3]), fast, diverged))
+    assert told.startswith(f"In 32 bits on toy, s3d is fastest at 3.00{TIMES}")
+    ahead = f"medusa (20.00{TIMES}) and eagle (10.00{TIMES})"
+    assert f"{ahead} ran faster but did not keep the target's text" in told
+
+
+def answer(of: Run) -> str:
+    return answers(summary(of), "toy")[0]
+
+
+def test_each_pass_is_one_box_in_the_token_view() -> None:
+    page = Page(render([method_run()]))
+    boxes = [attrs["title"] for tag, attrs in page.tags if tag == "span" and "title" in attrs]
+    s3d = ["the prompt's pass: 1 token", "pass 1: 3 tokens", "pass 2: 1 token", "pass 3: 2 tokens"]
+    assert [title for title in boxes if title in s3d].count("pass 1: 3 tokens") == 2, "one for each prompt"
+    assert "".join(f" t{n}" for n in range(7)) in page.words
+
+
+def test_a_file_without_token_texts_shows_the_text_unshaded() -> None:
+    bare = [msgspec.structs.replace(each, token_texts=None) for each in method_run().rows]
+    words = Page(render([run(*bare)])).words
+    assert "The file does not hold the text of each token" in words
+    assert "0 1 2 3" in words
+
+
+def test_the_token_view_says_what_it_leaves_out() -> None:
+    trials: list[Trial] = [trial(cell("ar", bits=bits), prompt_id=f"p{n}") for bits in ("32", "nf4") for n in range(6)]
+    assert "Left out: 2 more prompts, and the texts of 4 bits (nf4)." in Page(render([run(*trials)])).words
+
+
+def test_write_leaves_one_whole_file(tmp_path: Path) -> None:
+    path = write(placed(method_run(), tmp_path))
+    assert path == tmp_path / "report.html"
+    assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+
+
+def placed(of: Run, directory: Path) -> Run:
+    return Run(directory, of.manifest, of.rows, of.skipped_lines)
+
+
+def test_skipped_lines_and_failures_are_told() -> None:
+    words = Page(render([run(trial(cell("ar")), failed(cell("ar"), prompt_id="p9"), skipped_lines=2)])).words
+    assert "2 lines of trials.jsonl could not be read" in words
+    assert "1 of 2 failed" in words
+
+
+def test_rendering_never_imports_torch() -> None:
+    code = (
+        "import sys; from factory import cell, run, trial; from reports.page import render; "
+        "render([run(trial(cell('ar')), trial(cell('s3d'), [2, 1]))]); "
+        "bad = {'torch', 'transformers', 'methods'} & set(sys.modules); assert not bad, bad"
+    )
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
+
+
+def test_reports_import_of_the_harness_only_what_reads_results() -> None:
+    allowed = {"results", "metrics", "stats", "errors"}
+    for path in (Path(__file__).parents[2] / "reports").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"^\s*(?:from|import) harness\.?(\w*)", source, re.M)) <= allowed
+        assert not re.search(r"^\s*(?:from|import) (?:methods|prompts|torch)\b", source, re.M)
