@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,9 @@ class LoRA(nn.Module):
             for name, linear in _linears(trunk.layers[layer]):
                 pair = nn.ParameterDict(
                     {
-                        "a": nn.Parameter(torch.randn(rank, linear.in_features, device=trunk.device) / linear.in_features**0.5),
+                        "a": nn.Parameter(
+                            torch.randn(rank, linear.in_features, device=trunk.device) / linear.in_features**0.5
+                        ),
                         "b": nn.Parameter(torch.zeros(linear.out_features, rank, device=trunk.device)),
                     }
                 )
@@ -57,14 +60,15 @@ class LoRA(nn.Module):
             self._on = False
 
     def deltas(self) -> dict[str, Tensor]:
-        """What merging would add to each weight, by the parameter's name in the model (`layers.3.mlp.up_proj.weight`)."""
+        """What merging would add to each weight, by its name in the model (`layers.3.mlp.up_proj.weight`)."""
         merged = {}
+        pair: Any
         for key, pair in self.pairs.items():
             merged[f"layers.{key.replace('/', '.')}.weight"] = pair["b"] @ pair["a"]
         return merged
 
 
-def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     """A decoder layer's projections, quantised or not: whatever has in_features and out_features."""
     for name, module in layer.named_modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features"):

@@ -1,7 +1,7 @@
 """Attention over the preallocated cache, for transformers' own attention modules and for drafters' layers.
 
-transformers calls `attend_view` through its attention interface: the module projects and rotates, the view decides where
-keys and values are kept and who sees whom. Masks are boolean, true where a query may look, and always explicit.
+transformers calls `attend_view` through its attention interface: the module projects and rotates, the view decides
+where keys and values are kept and who sees whom. Masks are boolean, true where a query may look, and always explicit.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class ContextView:
 
 @dataclass
 class FreshView(CacheView):
-    """A whole text at once, keeping its keys and values aside instead of in a cache, so that gradients flow through them.
+    """A whole text at once, its keys and values kept aside instead of in a cache, so that gradients flow through.
 
     Made with `cache=None`; afterwards the view itself serves as a ContextView's context.
     """

@@ -26,6 +26,7 @@ app = App(
     result_action="return_value",
 )
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status. A user's mistake is one line on stderr, a bug keeps its traceback."""
     try:
@@ -102,7 +103,37 @@ def doctor(*, hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can b
     terminal.show_checks(host.checks(ask_hub=hub))
 
 
-app.command("harness.train.command:train", name="train", help="Make drafters for a model that has none.")
+app.command("harness.verify_command:verify", name="verify", group_parameters="Options")
+
+
+@app.command(group_parameters="Options")
+def train(
+    *,
+    methods: Annotated[str, Parameter(help="What to train, with options: `s3d:keep=4+8:rank=64,eagle`.")] = "s3d,medusa,eagle",
+    model: Annotated[str | None, Parameter(help="Hub id or directory; default: a small chat model.")] = None,
+    tokens: Annotated[int, Parameter(help="Tokens seen in training, all epochs together.")] = 20_000_000,
+    corpus_tokens: Annotated[int | None, Parameter(help="Tokens the model writes to learn from; at most 5 million.")] = None,
+    data: Annotated[Path | None, Parameter(help="Prompts to begin with (JSONL), instead of sampled ones.")] = None,
+    draft_vocabulary: Annotated[int, Parameter(help="Most frequent tokens a drafter can say; 0: all.")] = 8192,
+    length: Annotated[int, Parameter(help="Tokens a sequence.")] = 512,
+    batch: Annotated[int, Parameter(help="Sequences a step.")] = 64,
+    anchors: Annotated[int, Parameter(help="Places a sequence where each method drafts.")] = 48,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: Annotated[str, Parameter(help="auto, cuda, xpu, mps or cpu.")] = "auto",
+    out: Annotated[Path | None, Parameter(help="Folder of the drafters; default: where `run` finds them.")] = None,
+    stop_after: Annotated[float | None, Parameter(help="Seconds of training, to go on later.")] = None,
+    restart: Annotated[bool, _flag("Forget an unfinished training with the same options.")] = False,
+) -> int:
+    """Make drafters for a model that has none, from text that the model itself writes."""
+    given = {name: value for name, value in locals().items() if name not in ("stop_after", "restart", "device")}
+    from harness import host, terminal
+    from harness.train import command
+
+    settings = command.Settings(device=host.choose_device(device), **given)
+    paths = command.train(settings, terminal.Telling(), restart=restart, stop_after_seconds=stop_after)
+    terminal.show_drafters(paths)
+    return 0
 
 
 # --- the pieces, put together -----------------------------------------------------------------------------------------
@@ -142,7 +173,7 @@ def measure(given: Mapping[str, Any]) -> Path:
     """`harness.run`: options by name to the directory of a finished run."""
     from harness.plan import read_request
 
-    request = read_request(given)
+    request = read_request({name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
     return carry_out(make_plan(request), request.out, [f"harness.run(**{dict(given)!r})"])
 
 

@@ -46,9 +46,7 @@ class Step:
 
 
 @torch.inference_mode()
-def decode(
-    target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler
-) -> Iterator[Step]:
+def decode(target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler) -> Iterator[Step]:
     """Decode one text, yielding after every round, so that whoever consumes it can hold a stopwatch."""
     prompt_scores = target.prefill(prompt)
     new_tokens = [int(sampler.pick(prompt_scores.logits_MV)[0])]

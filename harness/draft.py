@@ -74,7 +74,7 @@ def chain(length: int, device: torch.device) -> Shape:
 
 
 def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:
-    """A tree whose shape was decided on the device (EAGLE-2): built by `longest` gathers, without a copy to the host."""
+    """A tree whose shape was decided on the device (EAGLE-2): `longest` gathers, and no copy to the host."""
     size = parents_N.shape[0] + 1
     parents_M = torch.cat((parents_N.new_zeros(1), parents_N))
     nodes_M = torch.arange(size, device=parents_N.device)

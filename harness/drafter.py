@@ -22,7 +22,7 @@ def slug(model: str) -> str:
 
 
 def find(method: str, option: str | None, model: str) -> Path | None:
-    """The drafter for `model`, or None where nobody has trained one. Raises UserError for a named one that is missing."""
+    """The drafter for `model`, or None where there is none. Raises UserError for a named one that is missing."""
     if option is not None:
         return _named(option)
     for folder in (cache_dir() / "drafters", SHIPPED):

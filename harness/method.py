@@ -1,8 +1,8 @@
 """What a decoder has to be: the protocol of the one loop, and how methods are found and configured.
 
-Methods come through the entry-point group `harness.methods`, ours by the same door as a stranger's. A method is a class;
-its `Options` are a frozen msgspec Struct with defaults, which is also its command line (`name:option=value:...`, lists
-with `+`) and its TOML table.
+Methods come through the entry-point group `harness.methods`, ours by the same door as a stranger's. A method is a
+class; its `Options` are a frozen msgspec Struct with defaults, which is also its command line
+(`name:option=value:...`, lists with `+`) and its TOML table.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Method:
 
     @classmethod
     def trainee(cls, trunk: Trunk, options: Any, vocabulary_V: Tensor | None, seed_ids: Tensor) -> Trainee | None:
-        """What `harness train` shall train, or None where there is nothing to train. `seed_ids` are ids of real text."""
+        """What `harness train` shall train, or None for nothing. `seed_ids` are ids of real text."""
         return None
 
     @property

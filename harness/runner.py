@@ -25,6 +25,9 @@ IDENTITY = (
 )
 """Fields of a manifest that must not change when a run goes on."""
 
+MACHINE = ("cpu", "threads", "devices")
+"""Nor must these facts of the host: one run is one machine."""
+
 
 def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequence[str] = ()) -> Path:
     """Run the plan, or what is left of it, into `out` (default: a new directory in `out/`); the directory.
@@ -55,12 +58,12 @@ def default_directory(plan: Plan) -> Path:
 def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
     """Make the run's directory, or check that it holds this very plan."""
     manifest = _manifest(plan, directory.name, command)
-    if (directory / "manifest.json").is_file():
+    if (directory / "trials.jsonl").is_file():
         begun = read_run(directory).manifest
         if differences := _differences(begun, manifest):
             raise UserError(f"{directory} holds another run ({'; '.join(differences)}): give another --out")
         manifest = begun
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(directory.iterdir()) and not (directory / "manifest.json").is_file():
         raise UserError(f"{directory} is not empty and holds no run: give another --out")
     (directory / "workers").mkdir(parents=True, exist_ok=True)
     _end_line(directory / "trials.jsonl")
@@ -95,15 +98,23 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
 
 
 def _differences(begun: Manifest, now: Manifest) -> list[str]:
-    """How two plans differ, in words."""
+    """How two plans, or the machines that they run on, differ, in words."""
+    before, after = (
+        {name: getattr(one, name) for name in IDENTITY}
+        | {name: one.host.get(name) for name in MACHINE}
+        | {f"the version of {name}": found for name, found in one.versions.items()}
+        for one in (begun, now)
+    )
     words = [
-        f"{name} was {getattr(begun, name)!r}, now {getattr(now, name)!r}"
-        for name in IDENTITY
-        if getattr(begun, name) != getattr(now, name)
+        f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
+        for name in before | after
+        if before.get(name) != after.get(name)
     ]
-    before, after = ({cell.id: cell for cell in one.cells} for one in (begun, now))
-    words += [f"cell {id} is {'new' if id in after else 'gone'}" for id in before.keys() ^ after.keys()]
-    return words + [f"cell {id} has other options" for id in before.keys() & after.keys() if before[id] != after[id]]
+    if begun.training != now.training:
+        words.append("a drafter has been trained anew")
+    old, new = ({cell.id: cell for cell in one.cells} for one in (begun, now))
+    words += [f"cell {id} is {'new' if id in new else 'gone'}" for id in sorted(old.keys() ^ new.keys())]
+    return words + [f"cell {id} has other options" for id in sorted(old.keys() & new.keys()) if old[id] != new[id]]
 
 
 def _training(plan: Plan) -> list[Training]:

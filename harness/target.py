@@ -43,8 +43,8 @@ class Target:
         longest = horizon(model.config)
         if longest is not None and capacity > longest:
             raise ValueError(
-                f"beyond {longest} positions this model rotates old tokens anew, and {capacity} are asked for: give shorter "
-                "prompts or fewer new tokens"
+                f"beyond {longest} positions this model rotates old tokens anew, and {capacity} are asked for: give "
+                "shorter prompts or fewer new tokens"
             )
         self.cache = self.trunk.cache(capacity)
         self.taps: frozenset[int] = frozenset()
@@ -63,7 +63,7 @@ class Target:
         return self.cache.length
 
     def tap(self, taps: Iterable[int]) -> None:
-        """Hidden states that every pass shall give from now on (negative counts from the end; L is the normed output)."""
+        """Hidden states that every pass shall give from now on (negative: from the end; L is the normed output)."""
         self.taps = frozenset(tap % (self.depth + 1) for tap in taps)
 
     def companion(self, path: Path) -> Target:
@@ -74,10 +74,15 @@ class Target:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.trunk.dtype, use_safetensors=True)
-        other = Target(model.to(self.device).eval(), capacity=self.cache.capacity)
+        other = Target(
+            model.to(self.device).eval(),  # type: ignore[arg-type]
+            capacity=self.cache.capacity,
+        )
         if other.trunk.vocabulary != self.trunk.vocabulary:
             sizes = f"{other.trunk.vocabulary} against {self.trunk.vocabulary}"
-            raise ValueError(f"{path} has another vocabulary than the target ({sizes}): name a draft model that shares it")
+            raise ValueError(
+                f"{path} has another vocabulary than the target ({sizes}): name a draft model that shares it"
+            )
         return other
 
     def reset(self) -> None:
@@ -160,7 +165,7 @@ class Target:
 
     @contextmanager
     def lent(self) -> Iterator[Any]:
-        """transformers' own model, for its own `generate`, with its own attention and cache."""
+        """transformers' own model, for its own forward, with its own attention and cache."""
         # No sdpa kernel caps attention scores; transformers' refuses to, or in older releases leaves the cap out.
         capped = getattr(self.trunk.config, "attn_logit_softcapping", None) is not None
         self.trunk._set_attention("eager" if capped else "sdpa")
@@ -168,3 +173,27 @@ class Target:
             yield self.trunk.model
         finally:
             self.trunk._set_attention(INTERFACE)
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, end_ids: Iterable[int] = ()) -> list[int]:
+        """New tokens of transformers' own greedy `generate`, which knows nothing of this target's cache."""
+        from transformers import GenerationConfig
+
+        ids_1T = torch.tensor([list(prompt)], device=self.device)
+        ends = sorted(end_ids)
+        with self.lent() as model:
+            # What the model's makers advise (penalties, temperatures) is filled in for whatever is left unsaid.
+            advised, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+            try:
+                out_1T = model.generate(
+                    ids_1T,
+                    attention_mask=torch.ones_like(ids_1T),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=ends or None,
+                    pad_token_id=ends[0] if ends else 0,
+                )
+            finally:
+                model.generation_config = advised
+        new_tokens: list[int] = out_1T[0, len(prompt) :].tolist()
+        return new_tokens

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from harness.method import Method
     from harness.plan import Plan
     from harness.results import Run
+    from harness.train.loop import Report
 
 PRELIMINARY = (
     "Preliminary: good for a first look, not for publishing. For that, use `--prompts standard --rounds 3` or more, "
@@ -126,6 +128,43 @@ def progress(plan: Plan) -> Iterator[child.Emit]:
                 bar.update(task, description=text, completed=tally.done, total=total, left=tally.left(now))
 
         yield show
+
+
+class Telling:
+    """`harness.train`'s narrator: one line at a time, at most one a second unless the step is new."""
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+        self.last = ""
+
+    def stage(self, step: str, fraction: float | None) -> None:
+        now = time.monotonic()
+        head = step.split("(")[0]
+        if head == self.last and now - self.said < 5.0:
+            return
+        self.last, self.said = head, now
+        self._say(step if fraction is None else f"{step}: {fraction:.0%}")
+
+    def report(self, report: Report) -> None:
+        now = time.monotonic()
+        if report.step != report.steps and now - self.said < 5.0:
+            return
+        self.said = now
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in report.losses.items())
+        taus = ", ".join(f"{name} {tau:.2f}" for name, tau in report.taus.items())
+        held_out = f"; held-out tau: {taus}" if taus else ""
+        self._say(f"step {report.step} of {report.steps}; loss: {losses}{held_out}")
+
+    def _say(self, text: str) -> None:
+        print(f"[{duration(time.monotonic() - self.began)}] {text}", file=sys.stderr, flush=True)
+
+
+def show_drafters(paths: Sequence[Path]) -> None:
+    """What training has written, or how to go on."""
+    for path in paths:
+        print(path)
+    if not paths:
+        print("the time is up before the end: the same command goes on where this one stopped", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -78,7 +78,7 @@ class Trunk:
         self.layers: list[Any] = list(self.body.layers)
         self.depth = len(self.layers)
         self.width: int = self.config.hidden_size
-        self.vocabulary: int = self.head_module.weight.shape[0]  # type: ignore[union-attr,assignment]
+        self.vocabulary: int = self.head_module.weight.shape[0]
         self.dtype: torch.dtype = self.body.norm.weight.dtype
         self.device: torch.device = self.body.embed_tokens.weight.device
         self._norms = ARCHITECTURES[self.config.model_type]
@@ -97,7 +97,7 @@ class Trunk:
         chosen = range(self.depth) if layers is None else layers
         width = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
         return KVCache(
-            {layer: (self.config.num_key_value_heads, width) for layer in chosen},
+            dict.fromkeys(chosen, (self.config.num_key_value_heads, width)),
             capacity,
             device={layer: next(self.layers[layer].parameters()).device for layer in chosen},
             dtype=self.dtype,
@@ -184,15 +184,15 @@ def unsupported(config: Any) -> str | None:
 def horizon(config: Any) -> int | None:
     """Positions within which a token is rotated alike in every pass, or None where it always is.
 
-    Beyond them, long-context rotations (`longrope`, `dynamic`) depend on the longest position of the pass, so a draft would
-    change what was already said.
+    Beyond them, long-context rotations (`longrope`, `dynamic`) depend on the longest position of the pass, so a draft
+    would change what was already said.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     each = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     if not any(part.get("rope_type", "default") in ("longrope", "dynamic") for part in each):
         return None
     original: int | None = getattr(config, "original_max_position_embeddings", None)
-    return original or config.max_position_embeddings  # type: ignore[no-any-return]
+    return original or config.max_position_embeddings
 
 
 def _windows(config: Any, depth: int) -> dict[int, int] | None:
@@ -207,7 +207,7 @@ def _windows(config: Any, depth: int) -> dict[int, int] | None:
 class DraftHead:
     """The target's output head, whole or cut to the rows of a draft vocabulary, or a drafter's own.
 
-    `ids_V` are the target ids of the rows (None: all). A head that is not the target's whole one counts as drafter bytes.
+    `ids_V` are the target ids of the rows (None: all). Only the target's whole head costs no drafter bytes.
     """
 
     def __init__(self, trunk: Trunk, ids_V: Tensor | None, own_VD: Tensor | None = None) -> None:

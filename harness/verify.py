@@ -1,8 +1,9 @@
 """Verification: how far a scored draft is accepted, and which token follows. Pure tensors, no host synchronisation.
 
-Greedy: the deepest path whose tokens equal the target's argmax. Sampling: recursive rejection, which leaves the target's
-distribution unchanged (chain: Leviathan et al. 2023, Chen et al. 2023; siblings: SpecInfer, Sequoia). Typical
-acceptance (Medusa, section 3.3.2) is the one lossy rule. Shape letters are those of `harness.draft`; p is the target, q the draft.
+Greedy: the deepest path whose tokens equal the target's argmax. Sampling: recursive rejection, which leaves the
+target's distribution unchanged (chain: Leviathan et al. 2023, Chen et al. 2023; siblings: SpecInfer, Sequoia). Typical
+acceptance (Medusa, section 3.3.2) is the one lossy rule. Shape letters are those of `harness.draft`; p is the target, q
+the draft.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harness.sampling import Sampler
 
 
 class Accepted(NamedTuple):
-    """A verdict on the host: accepted nodes (scored positions, root excluded), their tokens and the one that follows."""
+    """A verdict on the host: accepted nodes (scored positions, no root), their tokens and the one that follows."""
 
     nodes: list[int]
     tokens: list[int]
@@ -82,7 +83,7 @@ def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
     """Walk the nodes once, parents before children, keeping the residual of p at the deepest accepted node.
 
     A child drawn as x is accepted with probability min(1, r(x) / q(x)) where r is the residual so far. On rejection r
-    becomes norm(max(r - q, 0)) (point mass: r without x) and, for draws without replacement, q loses x and is renormalised.
+    becomes norm(max(r - q, 0)) (point mass: r without x); for draws without replacement q loses x and is renormalised.
     """
     shape, device = draft.shape, p_MV.device
     q_PV = _draft_distributions(draft, p_MV)
@@ -136,7 +137,7 @@ def _deepest(shape: Shape, agrees_N: Tensor) -> Tensor:
 
 
 def _verdict(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
-    """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never read as accepted."""
+    """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never accepted."""
     shape = draft.shape
     depths_K = torch.arange(1, shape.longest + 1, device=last.device)
     on_path_KM = shape.ancestors_MM[last] & (shape.depth_M == depths_K[:, None])

@@ -1,4 +1,4 @@
-"""Speculative decoding with a small draft model (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, 2302.01318).
+"""Speculative decoding with a small draft model (Leviathan et al. 2023, arXiv 2211.17192; Chen et al., 2302.01318).
 
 The draft model is a second Target with a cache of its own. The shipped one has two layers and shares the target's
 embedding and head; any causal language model of the same vocabulary can be named instead.

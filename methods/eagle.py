@@ -1,9 +1,10 @@
 """EAGLE: one decoder layer over the target's features drafts its own next feature and token, step by step.
 
-EAGLE-3 (Li et al. 2025, arXiv 2503.01840): g = fc([h_low, h_mid, h_high]); a step reads [norm(e), norm(g)], where e embeds
-the next token; its own un-normed output a is the next step's g. EAGLE-1 (2024, arXiv 2401.15077) checkpoints load too:
-the feature is the post-norm hidden state, a step reads fc([e, f]), and the target's head follows without a norm.
-Tree: EAGLE-2 (2024, arXiv 2406.16858): of the k best children of k best leaves keep k, `depth` times, then the best N nodes.
+EAGLE-3 (Li et al. 2025, arXiv 2503.01840): g = fc([h_low, h_mid, h_high]); a step reads [norm(e), norm(g)], where e
+embeds the next token; its own un-normed output a is the next step's g. EAGLE-1 (2024, arXiv 2401.15077) checkpoints
+load too: the feature is the post-norm hidden state, a step reads fc([e, f]), and the target's head follows without a
+norm.
+Tree: EAGLE-2 (2024, arXiv 2406.16858): of the k best children of k best leaves keep k, `depth` times, then the N best.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Layer(nn.Module):
 
     def features(self, tapped: Tensor) -> Tensor:
         """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
-        return tapped if self.generation == 1 else self.fc(tapped)  # type: ignore[no-any-return]
+        return tapped if self.generation == 1 else self.fc(tapped)
 
     def forward(self, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View) -> Tensor:
         """One step at M positions: un-normed output features (B, M, D)."""
@@ -101,14 +102,12 @@ class Layer(nn.Module):
         keys, values = view.store(0, rotate(k, cos, sin).to(q.dtype), v)
         causal = view.causal(0)
         mask = None if causal else view.mask(0, self.heads // self.kv_heads)
-        out = attend(
-            rotate(q, cos, sin), keys, values, mask=mask, causal=causal, scale=1 / math.sqrt(self.head_width)
-        )
+        out = attend(rotate(q, cos, sin), keys, values, mask=mask, causal=causal, scale=1 / math.sqrt(self.head_width))
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def read_out(self, a: Tensor) -> Tensor:
         """What goes into the output head."""
-        return a if self.generation == 1 else self.norm(a)  # type: ignore[no-any-return]
+        return a if self.generation == 1 else self.norm(a)
 
 
 class Eagle(Method):
@@ -119,7 +118,13 @@ class Eagle(Method):
     needs_drafter = True
 
     def __init__(
-        self, target: Target, layer: Layer, head: DraftHead, taps: Sequence[int], options: EagleOptions, sampler: Sampler
+        self,
+        target: Target,
+        layer: Layer,
+        head: DraftHead,
+        taps: Sequence[int],
+        options: EagleOptions,
+        sampler: Sampler,
     ) -> None:
         self.target, self.layer, self.head, self.taps = target, layer, head, taps
         self.options, self.sampler = options, sampler
@@ -130,14 +135,15 @@ class Eagle(Method):
     @classmethod
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
-        if options.depth < 1:
-            raise ValueError(f"eagle needs depth >= 1, not {options.depth}")
+        if options.depth < 1 or options.nodes < 0 or options.branch < 1:
+            raise ValueError("eagle needs depth >= 1, branch >= 1 and nodes >= 0 (0 drafts a chain)")
         layer, head, taps = load_layer(drafter, target.trunk)
         return cls(target, layer.to(target.device, target.trunk.dtype), head, taps, options, sampler)
 
     @property
     def reach(self) -> int:
-        return 2 + self.options.depth + (self.options.nodes and self.options.branch * self.options.depth + self.options.nodes)
+        in_tree = self.options.branch * self.options.depth + self.options.nodes
+        return 2 + self.options.depth + (in_tree if self.options.nodes else 0)
 
     @property
     def drafter_bytes(self) -> int:
@@ -179,7 +185,9 @@ class Eagle(Method):
         return self._tree() if self.options.nodes else self._chain()
 
     def _chain(self) -> Draft:
-        a_1D, ids, qs = self.last_1D, [], []
+        a_1D = self.last_1D
+        ids: list[Tensor] = []
+        qs: list[Tensor] = []
         for step in range(self.options.depth):
             if step:
                 a_1D = self._step(a_1D, ids[-1], at=step - 1)
@@ -199,7 +207,8 @@ class Eagle(Method):
         """EAGLE-2's expand and rerank. Node 0 is the pending token; a level's nodes see their ancestors only."""
         branch, device = self.options.branch, self.target.device
         ids, chances, parents = [], [], []
-        a_BD, chance_B, leaf_B = self.last_1D, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        a_BD, chance_B = self.last_1D, torch.zeros(1, device=device)
+        leaf_B = torch.zeros(1, dtype=torch.long, device=device)
         seen_BA = torch.zeros(branch, 0, dtype=torch.bool, device=device)
         size = 1
         for level in range(self.options.depth):
@@ -218,7 +227,7 @@ class Eagle(Method):
             a_BD = self._step(a_BD[parent_row_B], ids[-1][best_B], at=level * branch, depth=level, block_MA=seen_BA)
             leaf_B, size = size + best_B, size + ids[-1].shape[0]
         ids_C, chance_C, parents_C = torch.cat(ids), torch.cat(chances), torch.cat(parents)
-        # A child is never likelier than its parent and comes after it: in a stable order, parents are kept before children.
+        # A child is never likelier than its parent and comes after it, so a stable order keeps parents first.
         best_C = chance_C.sort(descending=True, stable=True).indices
         keep_N = best_C[: self.options.nodes].sort().values
         place_C = torch.zeros(ids_C.shape[0] + 1, dtype=torch.long, device=device)
@@ -226,7 +235,9 @@ class Eagle(Method):
         return Draft(ids_C[keep_N], dynamic_tree(place_C[parents_C[keep_N]], self.options.depth))
 
     @classmethod
-    def trainee(cls, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> EagleTrainee:
+    def trainee(
+        cls, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None, seed_ids: Tensor
+    ) -> EagleTrainee:
         return EagleTrainee(trunk, options, vocabulary_V)
 
 
@@ -255,8 +266,8 @@ def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, .
     odd = [name for name in tensors if name.startswith(("layers.", "input_norm")) and _short(name) not in known]
     if odd or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
-            f"{path} is a variant of EAGLE that is not known here ({', '.join(odd) or 'scaled rotary positions'}): it would "
-            "draft badly, so it is not loaded"
+            f"{path} is a variant of EAGLE that is not known here ({', '.join(odd) or 'scaled rotary positions'}): it "
+            "would draft badly, so it is not loaded"
         )
     layer.load_state_dict(state)
     ids = tensors.get("vocabulary")
@@ -278,7 +289,7 @@ def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...
 
 
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration; speculators keep the layer's under a key of its own, new transformers the base too."""
+    """A checkpoint's configuration; speculators keep the layer's under a key, new transformers the base too."""
     stored = stored | stored.get("transformer_layer_config", {})
     return stored | {k: v for k, v in (stored.get("rope_parameters") or {}).items() if k == "rope_theta"}
 
@@ -305,16 +316,16 @@ def draft_config(trunk: Trunk) -> dict[str, Any]:
 
 
 class EagleTrainee(Distilled):
-    """EAGLE-3's training-time test: step 0 over the whole text, later steps at the anchors on the drafter's own output."""
+    """EAGLE-3's training-time test: step 0 over the whole text, later ones at the anchors on its own output."""
 
     def __init__(self, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None) -> None:
         self.trunk, self.vocabulary_V, self.depths = trunk, vocabulary_V, options.depth
         self.taps = (2, trunk.depth // 2, trunk.depth - 3)
-        self.module = Layer(draft_config(trunk), 3).to(trunk.device)
+        self.module = self.layer = Layer(draft_config(trunk), 3).to(trunk.device)
         self.head = DraftHead(trunk, vocabulary_V)
 
     def logits(self, lesson: Lesson) -> Tensor:
-        layer, trunk = self.module, self.trunk
+        layer, trunk = self.layer, self.trunk
         batch, length = lesson.ids_BT.shape
         anchors = lesson.anchors_BA.shape[1]
         g_BTD = layer.features(torch.cat([lesson.hidden[tap] for tap in self.taps], dim=-1))
@@ -338,8 +349,8 @@ class EagleTrainee(Distilled):
 
     def tensors(self) -> dict[str, Tensor]:
         attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-        places = {name: "midlayer.self_attn." for name in attention} | {name: "midlayer.mlp." for name in mlp}
-        places |= {name: "midlayer." for name in ("post_attention_layernorm", "hidden_norm", "input_layernorm")}
+        places = dict.fromkeys(attention, "midlayer.self_attn.") | dict.fromkeys(mlp, "midlayer.mlp.")
+        places |= dict.fromkeys(("post_attention_layernorm", "hidden_norm", "input_layernorm"), "midlayer.")
         out = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}
         for name, tensor in self.module.state_dict().items():
             out[places.get(name.split(".")[0], "") + name] = tensor.bfloat16()

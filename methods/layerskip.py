@@ -1,8 +1,8 @@
 """Self-speculation by skipping layers (Draft & Verify: Zhang et al. 2023, arXiv 2309.08168): the target without some of
 its attention and MLP sublayers drafts token by token over the verified cache, and stops when it is no longer sure.
 
-The threshold of the adaptive stop follows the paper's section 3.3: an average of the acceptance rate is steered towards a
-goal. No training and no memory; which sublayers to skip is found by search (`tune`), or by single-layer ablation.
+The threshold of the adaptive stop follows the paper's section 3.3: an average of the acceptance rate is steered towards
+a goal. No training and no memory; which sublayers to skip is found by search (`tune`), or by single-layer ablation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LayerSkipOptions(Options, frozen=True, kw_only=True):
     "acceptance rate that the adaptive threshold aims at"
 
 
-# Least harmful first when each layer of SmolLM2-135M-Instruct is left out alone; any other model starts from its middle.
+# Least harmful first when each layer of SmolLM2-135M-Instruct is left out alone; others start from their middle.
 ABLATED = {30: (25, 12, 3, 7, 6, 10, 5)}
 
 
@@ -53,13 +53,13 @@ class LayerSkip(Method):
 
     @classmethod
     def load(cls, target: Target, options: LayerSkipOptions, drafter: Path | None, sampler: Sampler) -> LayerSkip:
+        if options.gamma < 1:
+            raise ValueError(f"layerskip needs gamma >= 1, not {options.gamma}")
         skip = default_skip(target.depth) if options.skip is None else options.skip
         named = {*skip, *options.skip_attention, *options.skip_mlp}
         if any(not 0 <= layer < target.depth for layer in named):
             raise ValueError(f"layers to skip must be 0 to {target.depth - 1} for this model, not {sorted(named)}")
-        layers = Layers.of(range(target.depth)).without(
-            (*skip, *options.skip_attention), (*skip, *options.skip_mlp)
-        )
+        layers = Layers.of(range(target.depth)).without((*skip, *options.skip_attention), (*skip, *options.skip_mlp))
         return cls(target, layers, options, sampler)
 
     @property

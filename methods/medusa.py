@@ -1,5 +1,5 @@
-"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads on the last hidden state guess several tokens ahead, a static tree of
-their best guesses is verified in one pass.
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads on the last hidden state guess several tokens ahead, a static tree
+of their best guesses is verified in one pass.
 
 Head i = residual blocks x + SiLU(W x + b), then an output head; it reads the post-norm hidden state h_t of the last
 verified token and predicts t + 2 + i, because the token at t + 1 is already known. Original checkpoints carry an output
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.draft import Draft, chain, tree
+from harness.draft import Draft, tree
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Options
 from harness.sampling import Sampler
@@ -88,6 +88,8 @@ class Medusa(Method):
     @classmethod
     def load(cls, target: Target, options: MedusaOptions, drafter: Path | None, sampler: Sampler) -> Medusa:
         assert drafter is not None
+        if options.nodes < 0 or (options.heads is not None and options.heads < 1):
+            raise ValueError("medusa needs nodes >= 0 (0 drafts a chain) and heads >= 1")
         if options.acceptance == "typical" and sampler.greedy:
             raise ValueError("typical acceptance compares probabilities: give `--temperature` above 0 or drop it")
         tensors = checkpoint.tensors(drafter)
@@ -120,7 +122,9 @@ class Medusa(Method):
         self.hidden_D = scores.hidden[self.target.depth][verdict.last]
 
     @classmethod
-    def trainee(cls, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> MedusaTrainee:
+    def trainee(
+        cls, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None, seed_ids: Tensor
+    ) -> MedusaTrainee:
         return MedusaTrainee(trunk, options, vocabulary_V)
 
 
@@ -129,7 +133,7 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int
 
     A path's chance is taken as the product of its guesses' (the paper's section 3.3.3); parents always come first.
     """
-    queue = [(-accuracy[0][rank], (rank,)) for rank in range(len(accuracy[0]))]
+    queue: list[tuple[float, tuple[int, ...]]] = [(-share, (rank,)) for rank, share in enumerate(accuracy[0])]
     heapq.heapify(queue)
     chosen: list[tuple[int, ...]] = []
     while queue and len(chosen) < nodes:
@@ -142,7 +146,7 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int
 
 
 def heads_from(tensors: dict[str, Tensor], limit: int | None) -> Heads:
-    """Heads from a checkpoint's tensors: `{i}.{j}.linear.weight|bias` and, with its own output head, `{i}.{last}.weight`.
+    """Heads from a checkpoint's tensors: `{i}.{j}.linear.weight|bias` and, with output heads, `{i}.{last}.weight`.
 
     The heads are counted from the keys: the config.json of the original checkpoints names fewer than there are.
     """
@@ -174,8 +178,8 @@ class MedusaTrainee(Distilled):
         self.options, self.vocabulary_V = options, vocabulary_V
         self.head = DraftHead(trunk, vocabulary_V)
         self.depths = options.heads or 4
-        self.module: Heads = Heads(self.depths, options.blocks, trunk.width, None).to(trunk.device)
-        for block in (block for blocks in self.module.blocks for block in blocks):  # type: ignore[attr-defined]
+        self.module = self.heads = Heads(self.depths, options.blocks, trunk.width, None).to(trunk.device)
+        for block in (block for blocks in self.heads.blocks for block in blocks):  # type: ignore[attr-defined]
             nn.init.zeros_(block.weight)  # every head starts as the target's own next-token head
             nn.init.zeros_(block.bias)
 
@@ -185,7 +189,7 @@ class MedusaTrainee(Distilled):
         return self.module(hidden_BAD, self.head)  # type: ignore[no-any-return]
 
     def config(self) -> dict[str, Any]:
-        return {"heads": len(self.module.blocks), "blocks": self.options.blocks}
+        return {"heads": len(self.heads.blocks), "blocks": self.options.blocks}
 
     def tensors(self) -> dict[str, Tensor]:
         out = {} if self.vocabulary_V is None else {"vocabulary": self.vocabulary_V.int()}

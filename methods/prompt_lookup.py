@@ -32,6 +32,8 @@ class PromptLookup(Method):
 
     @classmethod
     def load(cls, target: Target, options: PromptLookupOptions, drafter: Path | None, sampler: Sampler) -> PromptLookup:
+        if options.gamma < 1 or options.ngram < 1:
+            raise ValueError("prompt-lookup needs gamma >= 1 and ngram >= 1")
         return cls(target, options)
 
     @property

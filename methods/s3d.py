@@ -1,7 +1,7 @@
-"""S3D: Skippy Simultaneous Speculative Decoding (Zhong & Bharadwaj 2024, arXiv 2405.20314), after the paper's description.
+"""S3D: Skippy Simultaneous Speculative Decoding (Zhong & Bharadwaj, arXiv 2405.20314), after the paper's description.
 
 One round:
-    draft   ONE pass of [x_t, M_1 .. M_k] through the first m and the last n layers only; slot 0 gives d_1, mask j gives d_{j+1}
+    draft   ONE pass of [x_t, M_1 .. M_k] through the first m and the last n layers; slot 0 gives d_1, mask j d_{j+1}
     verify  [x_t, d_1 .. d_gamma] through all layers, gamma = k + 1
 
 The weights are owned in one of two ways. `gated`: the target is frozen, and mask embeddings and a LoRA on the drafting
@@ -83,14 +83,14 @@ class S3D(Method):
         if config["mode"] != options.mode:
             raise ValueError(f"{drafter} was trained for mode={config['mode']}: say so, or name another drafter")
         tensors = checkpoint.tensors(drafter)
-        keep = tuple(config["keep"])
-        if options.keep is not None and options.keep != keep:
-            raise ValueError(f"this s3d drafter was trained to draft with layers {keep[0]}+{keep[1]}: drop `keep`")
+        front, back = config["keep"]
+        if options.keep not in (None, (front, back)):
+            raise ValueError(f"this s3d drafter was trained to draft with layers {front}+{back}: drop `keep`")
         masks_KD = tensors.pop("masks").to(target.device, target.trunk.dtype)
         k = masks_KD.shape[0] if options.k is None else options.k
         if not 0 <= k <= masks_KD.shape[0]:
             raise ValueError(f"this s3d drafter has {masks_KD.shape[0]} mask tokens: k={k} is out of range")
-        layers = Layers.ends(*keep, target.depth)
+        layers = Layers.ends(front, back, target.depth)
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
         lora = None
         if options.mode == "gated":
@@ -138,7 +138,9 @@ class S3DTrainee(Distilled):
         # A mask token starts as the mean of the words that occur, so that the first layers know its scale.
         mean_D = trunk.embed(seed_ids).float().mean(0)
         self.lora = LoRA(trunk, self.layers.indices, options.rank)
-        self.masks = nn.Parameter(mean_D.repeat(self.k, 1) + 0.01 * torch.randn(self.k, trunk.width, device=trunk.device))
+        self.masks = nn.Parameter(
+            mean_D.repeat(self.k, 1) + 0.01 * torch.randn(self.k, trunk.width, device=trunk.device)
+        )
         self.module = nn.Module()
         self.module.lora, self.module.masks = self.lora, self.masks
 
@@ -177,7 +179,7 @@ class S3DTrainee(Distilled):
         view = ContextView(context, mask_B1QS, positions_BQ, trunk.windows)
         with self.lora.active():
             hidden_BQD, _ = trunk.run(slots_BQD, positions_BQ, view, layers=self.layers)
-        return self.head.logits(hidden_BQD).unflatten(1, (anchors, size))
+        return self.head.logits(hidden_BQD).view(batch, anchors, size, -1)
 
     def config(self) -> dict[str, Any]:
         return {"keep": list(self.keep), "k": self.k, "rank": self.options.rank, "mode": self.options.mode}

@@ -1,4 +1,4 @@
-"""What tests of decoders share: drafters made at random, methods on tiny targets, texts decoded, lessons made by hand."""
+"""What tests of decoders share: random drafters, methods on tiny targets, decoded texts, lessons made by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def shake(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
             parameter.copy_(moved.bfloat16())
 
 
-def trainee(name: str, model: Any, *, vocabulary_V: Tensor | None = None, seed: int = 0, std: float = 0.2, **given: Any):  # type: ignore[no-untyped-def]
+def trainee(
+    name: str, model: Any, *, vocabulary_V: Tensor | None = None, seed: int = 0, std: float = 0.2, **given: Any
+):  # type: ignore[no-untyped-def]
     """What `name` would train on this model, its parameters moved at random."""
     options = method.options_of(method.configure(name, given))
     with torch.random.fork_rng(devices=[]):
@@ -58,9 +60,7 @@ def write(path: Path, made: Any) -> Path:
     return path
 
 
-def load(
-    name: str, target: Target, path: Path | None, draws: Sampler | None = None, **given: Any
-) -> Method:
+def load(name: str, target: Target, path: Path | None, draws: Sampler | None = None, **given: Any) -> Method:
     """The method as the harness would load it, with the taps it asks for."""
     options = method.options_of(method.configure(name, given))
     made = method.find(name).load(target, options, path, draws or sampler())
@@ -74,21 +74,6 @@ def decoded(
     """New tokens and rounds."""
     steps = list(decode(target, made, prompt, limits, draws or sampler()))
     return [token for step in steps for token in step.committed], steps
-
-
-def generated(target: Target, prompt: Sequence[int], new_tokens: int, end_ids: Sequence[int] = ()) -> list[int]:
-    """New tokens of transformers' own greedy `generate`."""
-    ids = torch.tensor([list(prompt)], device=target.device)
-    with target.lent() as model, torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=list(end_ids) or None,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

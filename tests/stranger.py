@@ -72,7 +72,7 @@ class Buggy(Echo):
 
     def propose(self, tokens):
         self.rounds += 1
-        if len(tokens) > 45 and self.rounds > 1:
+        if len(tokens) > 14 and self.rounds > 1:
             raise RuntimeError("index out of luck")
         return nothing(self.target.device)
 
@@ -88,7 +88,7 @@ class Dawdles(Echo):
     name = "dawdles"
 
     def propose(self, tokens):
-        if len(tokens) > 45:
+        if len(tokens) > 14:
             time.sleep(60)
         return nothing(self.target.device)
 '''

@@ -34,7 +34,7 @@ def save(directory: Path, *, chat: bool = True, seed: int = 0) -> Path:
 def prompts(path: Path) -> Path:
     """Three prompts, the second with a second turn: four answers."""
     lines = [
-        {"id": "one", "category": "writing", "turns": ["Say hello."]},
+        {"id": "one", "category": "writing", "turns": ["Hi."]},
         {"id": "two", "category": "math", "turns": ["Count to four.", "And on to eight."]},
         {"id": "three", "category": "writing", "turns": ["Name a bird, a tree and a river."]},
     ]

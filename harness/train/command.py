@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,12 +39,12 @@ class Settings:
     out: Path | None = None
 
 
-@dataclass(frozen=True)
-class Narrator:
+class Narrator(Protocol):
     """Who is told what is going on."""
 
-    stage: Callable[[str, float | None], None] = lambda step, fraction: None
-    report: Callable[[Report], None] = lambda report: None
+    def stage(self, step: str, fraction: float | None) -> None: ...
+
+    def report(self, report: Report) -> None: ...
 
 
 def train(
@@ -59,6 +59,8 @@ def train(
     Calling it again with the same settings goes on where it stopped. Raises UserError.
     """
     specs = parse(settings.methods)
+    if idle := [spec.name for spec in specs if find(spec.name).trainee.__func__ is Method.trainee.__func__]:
+        raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
     torch.manual_seed(settings.seed)
     source = weights.resolve(settings.model)
     bits = weights.Bits(32 if settings.device == "cpu" else 16)
@@ -70,7 +72,7 @@ def train(
     corpus = corpora.make(
         trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
         tokens=settings.corpus_tokens or min(settings.tokens, 5_000_000),
-        length=settings.length, batch=256 if settings.device == "cpu" else 3072, seed=settings.seed,
+        length=settings.length, batch=256 if settings.device == "cpu" else 2304, seed=settings.seed,
         first_turns=_first_turns(settings.data), on_progress=narrator.stage,
     )  # fmt: skip
     vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
@@ -100,8 +102,7 @@ def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus
     method: type[Method] = find(spec.name)
     seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
     made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
-    if made is None:
-        raise UserError(f"method {spec.name!r} has nothing to train: leave it out of --methods")
+    assert made is not None, spec.name
     return made
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.attention import CacheView
 from harness.cache import KVCache
+from harness.errors import UserError
 from harness.lesson import Lesson, Trainee
 from harness.train.corpus import Corpus
 from harness.trunk import DraftHead, Trunk
@@ -106,7 +107,7 @@ class Classroom:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))
         order = order[usable[order]]
         if order.numel() <= held_out:
-            raise ValueError("too little text to train on: give more `--corpus-tokens`, or a longer answer in your data")
+            raise UserError("too little text to train on: give more `--corpus-tokens`, or a longer answer in your data")
         self.held_out_R, self.train_R = order[:held_out], order[held_out:]
         self._cache: KVCache | None = None
 
@@ -236,7 +237,7 @@ class Classroom:
         return {key: value.detach().contiguous().cpu() for key, value in out.items()}
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`. Raises ValueError where it belongs to other methods or options."""
+        """Go on from a `state`. Raises UserError where it belongs to other methods or options."""
         self.step = int(state["step"])
         self.shared = _cost_from(state["shared/cost"])
         for name, pupil in self.pupils.items():
@@ -244,7 +245,7 @@ class Classroom:
             try:
                 pupil.trainee.module.load_state_dict(module)
             except RuntimeError as error:
-                raise ValueError(f"the interrupted training was another one ({error}); start anew with `--restart`") from None
+                raise UserError(f"the interrupted training was another one ({error}); start anew with `--restart`") from None
             moments: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
                 if key.startswith(f"{name}/optimizer/"):

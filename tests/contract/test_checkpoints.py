@@ -20,8 +20,8 @@ from harness.target import Target
 PROMPT = text(17, VOCAB)
 DRAFT_IDS = torch.arange(5, VOCAB, 3)
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
 }  # fmt: skip
 
 
@@ -55,9 +55,13 @@ def proposal(path: Path, model: Any, name: str = "eagle", **given: Any) -> tuple
 
 @torch.no_grad()
 def slowly(
-    model: Any, taps: list[int], tokens: list[int], step: Callable[[Tensor, Tensor], Tensor], fuse: Callable[[Tensor], Tensor]
+    model: Any,
+    taps: list[int],
+    tokens: list[int],
+    step: Callable[[Tensor, Tensor], Tensor],
+    fuse: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Features of the last position at each depth, from scratch at each depth: no cache, no positions but the plain ones."""
+    """Features of the last position at each depth, from scratch at each depth: no cache, plain positions."""
     with Target(model, capacity=1).lent() as own:
         hidden = own(torch.tensor([PROMPT[:-1]]), use_cache=False, output_hidden_states=True).hidden_states
         embed = own.model.embed_tokens
@@ -105,7 +109,11 @@ def test_eagle1_drafts_as_one_llama_layer_without_its_first_norm(bias: bool, tmp
 
 
 def eagle3_tensors() -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (64, 192), "norm.weight": (64,), "lm_head.weight": (len(DRAFT_IDS), 64)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (64, 192),
+        "norm.weight": (64,),
+        "lm_head.weight": (len(DRAFT_IDS), 64),
+    }
     shapes |= {f"midlayer.self_attn.{name}.weight": (rows, 128) for name, rows in ATTENTION.items() if name != "o_proj"}
     shapes |= {"midlayer.self_attn.o_proj.weight": (64, 64), "midlayer.mlp.down_proj.weight": (64, 96)}
     shapes |= {f"midlayer.mlp.{name}.weight": (96, 64) for name in ("gate_proj", "up_proj")}
@@ -170,6 +178,35 @@ def test_eagle3_drafts_as_its_paper_says(normed_residual: bool, tmp_path: Path) 
     torch.testing.assert_close(q, read_out(tensors, features), rtol=1e-3, atol=1e-5)
 
 
+def test_the_dynamic_tree_holds_the_likeliest_paths_of_eagle2s_search(tmp_path: Path) -> None:
+    """Against the search written down: every path's features from scratch, no masks, no slots."""
+    model, tensors, (depth, branch, nodes) = tiny("llama"), eagle3_tensors(), (3, 3, 12)
+    step, fuse = eagle3_step(tensors), lambda tapped: tapped @ tensors["fc.weight"].T
+    leaves: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    found: list[tuple[tuple[int, ...], float]] = []
+    for _ in range(depth):
+        children = []
+        for path, chance in leaves:
+            log_q = read_out(tensors, slowly(model, [2, 2, 1], [*path, 0], step, fuse)[-1]).log()
+            best = log_q.topk(branch)
+            children += [
+                ((*path, int(DRAFT_IDS[row])), chance + value)
+                for row, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+        leaves = sorted(children, key=lambda child: -child[1])[:branch]
+        found += children
+    expected = {path for path, _ in sorted(found, key=lambda child: -child[1])[:nodes]}
+    target = Target(model, capacity=CAPACITY)
+    method = load(
+        "eagle", target, directory(tmp_path / "eagle3", tensors, SIZES), depth=depth, branch=branch, nodes=nodes
+    )
+    with torch.inference_mode():
+        method.start(PROMPT, target.prefill(PROMPT[:-1]))
+        draft = method.propose(PROMPT)
+    above = draft.shape.ancestors_MM[1:, 1:]
+    assert {tuple(draft.tokens_N[row].tolist()) for row in above} == expected
+
+
 def test_eagle3_under_speculators_names_drafts_alike(tmp_path: Path) -> None:
     """Both conventions of the tapped layers: inputs of layers, or the layers themselves where the first id is 1."""
     model, tensors = tiny("llama", num_hidden_layers=6), eagle3_tensors()
@@ -204,11 +241,11 @@ def test_an_eagle_checkpoint_that_does_not_fit_says_what_is_wrong(tmp_path: Path
     lacking = {name: tensor for name, tensor in tensors.items() if name != "fc.weight"}
     with pytest.raises(ValueError, match=r"fc\.weight"):
         load("eagle", target, directory(tmp_path / "lacking", lacking, SIZES))
+    normed = tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(16)}
     with pytest.raises(ValueError, match="not known here"):
-        normed = tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(16)}
         load("eagle", target, directory(tmp_path / "normed", normed, SIZES))
+    scaled = SIZES | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     with pytest.raises(ValueError, match="scaled rotary"):
-        scaled = SIZES | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
         load("eagle", target, directory(tmp_path / "scaled", tensors, scaled))
 
 

@@ -1,4 +1,4 @@
-"""Training and decoding see the same thing: what a trainee predicts at an anchor is what the loaded method drafts there."""
+"""Training and decoding see the same: what a trainee predicts at an anchor is what the loaded method drafts there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def at_anchor(made: Any, trunk: Trunk, tokens: list[int], anchor: int) -> Tensor
 def test_trainee_predicts_what_the_method_draws_from(
     name: str, architecture: str, subset: Tensor | None, tmp_path: Path
 ) -> None:
-    """q of a sampled draft, at every depth, against the trainee's softmax on the text that ends in the drafted tokens."""
+    """q of a sampled draft, at every depth, against the trainee's softmax on the text that the draft makes."""
     model = tiny(architecture)
     made = trainee(name, model, vocabulary_V=subset, **{"k": 3, "rank": 4, "keep": "1+2"} if name == "s3d" else {})
     path = write(tmp_path / "drafter.safetensors", made)
@@ -45,7 +45,7 @@ def test_trainee_predicts_what_the_method_draws_from(
     whole = [*prompt, *draft.tokens_N.tolist(), *text(6, VOCAB, seed=5)]
     expected_KV = torch.softmax(at_anchor(made, target.trunk, whole, len(prompt) - 1), dim=-1)
     depths = min(len(expected_KV), len(draft.q_PV))
-    assert depths == 4 or name == "eagle" and depths == 5
+    assert depths == 4 or (name == "eagle" and depths == 5)
     torch.testing.assert_close(draft.q_PV[:depths], expected_KV[:depths], rtol=1e-4, atol=1e-5)
 
 

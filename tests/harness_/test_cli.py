@@ -18,7 +18,8 @@ HEAVY = ("torch", "transformers", "pandas", "altair", "scipy", "huggingface_hub"
 
 def modules_after(*arguments: str) -> set[str]:
     """What is imported once this command line is done, in a fresh process."""
-    code = f"import sys; from harness.cli import main; main({list(arguments)!r}); print('\\n', *sys.modules, file=sys.stderr)"
+    then = "print('\\n', *sys.modules, file=sys.stderr)"
+    code = f"import sys; from harness.cli import main; main({list(arguments)!r}); {then}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stderr.split("\n ")[-1].split())
 
@@ -71,7 +72,9 @@ def test_an_absent_device_is_a_mistake(capsys: pytest.CaptureFixture[str], monke
 
 def test_a_config_file_is_the_command_line_in_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "mine.toml"
-    config.write_text('bits = [32, 8]\nmax-new-tokens = 5\n[[methods]]\nname = "prompt-lookup"\ngamma = 3\nlabel = "short"\n')
+    config.write_text(
+        'bits = [32, 8]\nmax-new-tokens = 5\n[[methods]]\nname = "prompt-lookup"\ngamma = 3\nlabel = "short"\n'
+    )
     assert cli.main(["run", "--config", str(config), "--max-new-tokens", "7", "--dry-run", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "short" in shown
@@ -80,7 +83,8 @@ def test_a_config_file_is_the_command_line_in_toml(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("metods = 'ar'", "did you mean 'methods'"), ("bits = ", "is not TOML"), ("rounds = 0", "rounds")]
+    ("text", "hint"),
+    [("metods = 'ar'", "did you mean 'methods'"), ("bits = ", "is not TOML"), ("rounds = 0", "rounds")],
 )
 def test_a_mistake_in_a_config_file_names_the_file(
     text: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -98,7 +98,9 @@ def test_rounds_are_shuffled_and_the_seed_repeats_them() -> None:
     orders = [tuple(made.order(round)) for round in range(8)]
     assert all(sorted(order) == list(range(5)) for order in orders)
     assert len(set(orders)) > 1
-    assert orders == [tuple(planned(methods="ar,prompt-lookup,layerskip,s3d,medusa", rounds=8).order(r)) for r in range(8)]
+    assert orders == [
+        tuple(planned(methods="ar,prompt-lookup,layerskip,s3d,medusa", rounds=8).order(r)) for r in range(8)
+    ]
 
 
 def test_defaults_suit_the_device() -> None:

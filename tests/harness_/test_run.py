@@ -1,4 +1,4 @@
-"""A whole run through the command line with a stranger's decoders, its failures, its resumption and its interruption."""
+"""A whole run through the command line, with a stranger's decoders: failures, resumption, interruption."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import pytest
 import stranger
 import tiny_chat
 
+import harness
+from harness import method
 from harness.results import Run, read_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,11 +39,14 @@ class Desk(NamedTuple):
 
 
 def command(folder: Path, out: str, *options: str) -> tuple[list[str], dict[str, str]]:
-    asked = ["--model", str(folder / "toy"), "--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / out)]
+    asked = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / out), "--bits", "32"]
     path = os.pathsep.join((str(folder / "stranger"), str(REPOSITORY)))
     environment = os.environ | {"PYTHONPATH": path, "HARNESS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    full = [sys.executable, "-m", "harness", "run", *asked, "--bits", "32", "--max-new-tokens", "6", *options]
-    return full, environment
+    return [sys.executable, "-m", "harness", "run", *asked, *options], environment
+
+
+def toy(folder: Path) -> tuple[str, ...]:
+    return ("--model", str(folder / "toy"), "--max-new-tokens", "6")
 
 
 def launch(folder: Path, out: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +60,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     tiny_chat.save(folder / "toy")
     tiny_chat.prompts(folder / "prompts.jsonl")
     stranger.install(folder / "stranger")
-    done = launch(folder, "run", "--methods", STRANGERS)
+    done = launch(folder, "run", *toy(folder), "--methods", STRANGERS)
     return Desk(folder, done.returncode, done.stdout, done.stderr)
 
 
@@ -71,7 +76,8 @@ def test_a_strangers_decoder_runs_untouched(desk: Desk) -> None:
     assert desk.exit_status == 0, desk.stderr
     assert outcomes(desk.run, "echo") == {"ok": 4}
     echo, baseline = (
-        [row.new_tokens for row in desk.run.rows if row.cell.method == name and row.outcome == "ok"] for name in ("echo", "ar")
+        [row.new_tokens for row in desk.run.rows if row.cell.method == name and row.outcome == "ok"]
+        for name in ("echo", "ar")
     )
     assert echo == baseline
     assert {max(row.drafted or ()) for row in desk.run.rows if row.cell.method == "echo" and row.drafted} == {3}
@@ -89,7 +95,7 @@ def test_whatever_goes_wrong_is_a_row_with_its_reason(desk: Desk) -> None:
 
 
 def test_a_prompt_that_fails_does_not_take_the_others_with_it(desk: Desk) -> None:
-    assert outcomes(desk.run, "buggy") == {"ok": 2, "error": 2}
+    assert outcomes(desk.run, "buggy") == {"ok": 1, "error": 3}
     (reason,) = reasons(desk.run, "buggy") - {""}
     assert "RuntimeError: index out of luck" in reason
     assert "stranger_decoders.py" in reason
@@ -136,7 +142,7 @@ def test_a_run_goes_on_where_it_stopped(desk: Desk) -> None:
     lost = next(i for i, line in enumerate(lines) if json.loads(line)["cell"]["method"] == "echo")
     kept = [line for i, line in enumerate(lines) if i != lost]
     trials.write_text("".join(kept) + lines[lost][:50])
-    done = launch(desk.folder, "resumed", "--methods", STRANGERS)
+    done = launch(desk.folder, "resumed", *toy(desk.folder), "--methods", STRANGERS)
     assert done.returncode == 0, done.stderr
     assert trials.read_text().startswith("".join(kept))
     run = read_run(desk.folder / "resumed")
@@ -147,8 +153,33 @@ def test_a_run_goes_on_where_it_stopped(desk: Desk) -> None:
     assert "cell ar" not in done.stderr
 
 
+def test_python_gives_the_same_run(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished run is opened through the API: nothing is left to measure but what was killed."""
+    shutil.copytree(desk.folder / "run", desk.folder / "again")
+    _, environment = command(desk.folder, "again")
+    monkeypatch.setenv("HARNESS_CACHE", environment["HARNESS_CACHE"])
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.syspath_prepend(desk.folder / "stranger")
+    method.installed.cache_clear()
+    done = harness.run(
+        STRANGERS,
+        model=desk.folder / "toy",
+        prompts=desk.folder / "prompts.jsonl",
+        out=desk.folder / "again",
+        bits=32,
+        max_new_tokens=6,
+    )
+    method.installed.cache_clear()
+    trials = done.trials()
+    assert len(trials) == 28
+    assert set(trials[trials.outcome == "ok"].method) == {"ar", "echo", "buggy"}
+    assert {row.cell.method for row in done.summary()} == {one.method for one in desk.run.manifest.cells}
+    assert done.report() == done.directory / "report.html"
+    assert harness.open_run(desk.folder / "again").directory == done.directory
+
+
 def test_another_plan_does_not_go_into_the_same_directory(desk: Desk) -> None:
-    done = launch(desk.folder, "run", "--methods", "echo", "--seed", "7")
+    done = launch(desk.folder, "run", *toy(desk.folder), "--methods", "echo", "--seed", "7")
     assert done.returncode == 2
     assert "seed was 0, now 7" in done.stderr
     assert "give another --out" in done.stderr
@@ -156,7 +187,7 @@ def test_another_plan_does_not_go_into_the_same_directory(desk: Desk) -> None:
 
 
 def test_ctrl_c_stops_the_worker_and_says_how_to_go_on(desk: Desk) -> None:
-    line, environment = command(desk.folder, "stopped", "--methods", "dawdles", "--seed", "1")
+    line, environment = command(desk.folder, "stopped", *toy(desk.folder), "--methods", "dawdles", "--seed", "1")
     process = subprocess.Popen(line, env=environment, cwd=desk.folder, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for said in process.stderr:

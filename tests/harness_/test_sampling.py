@@ -85,5 +85,5 @@ def test_greedy_picks_the_likeliest() -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (float("nan"), 1.0), (1.0, 0.0), (1.0, 1.5)])
 def test_settings_that_mean_nothing_are_refused(temperature: float, top_p: float) -> None:
-    with pytest.raises(ValueError, match="temperature|top-p"):
+    with pytest.raises(ValueError, match=r"temperature|top-p"):
         Sampler(temperature, top_p)

@@ -113,7 +113,7 @@ Drafting = Callable[[Sampler], Draft]
 
 
 class Batched(Sampler):
-    """A sampler that vmap can batch: it draws from the global generator, and makes its noise instead of filling it in."""
+    """A sampler that vmap can batch: its noise comes from the global generator, made rather than filled in."""
 
     def draw(self, p_MV: Tensor) -> Tensor:
         return (p_MV / -torch.rand(p_MV.shape).log()).argmax(-1)
@@ -177,7 +177,11 @@ def distinct_siblings(sampler: Sampler) -> Draft:
     below = without_replacement(Q[top[0]], 2, sampler)
     q_PV = torch.stack((Q[ROOT], Q[top[0]]))
     return Draft(
-        torch.cat((top, below)), tree((0, 0, 0, 1, 1), CPU), Drawn.WITHOUT_REPLACEMENT, q_PV, torch.tensor([0, 0, 0, 1, 1])
+        torch.cat((top, below)),
+        tree((0, 0, 0, 1, 1), CPU),
+        Drawn.WITHOUT_REPLACEMENT,
+        q_PV,
+        torch.tensor([0, 0, 0, 1, 1]),
     )
 
 
@@ -204,7 +208,11 @@ def perfect_chain(sampler: Sampler) -> Draft:
     first = sampler.draw(P[ROOT].view(1, -1))
     second = sampler.draw(P[first])
     return Draft(
-        torch.cat((first, second)), chain(2, CPU), Drawn.IID, torch.cat((P[ROOT].view(1, -1), P[first])), torch.arange(2)
+        torch.cat((first, second)),
+        chain(2, CPU),
+        Drawn.IID,
+        torch.cat((P[ROOT].view(1, -1), P[first])),
+        torch.arange(2),
     )
 
 
@@ -303,7 +311,7 @@ def test_typical_acceptance_is_medusas_rule() -> None:
     """Section 3.3.2: p(x) > min(epsilon, delta * exp(-entropy)), on every node of the path."""
     p_MV = torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])
     entropy = float(-(p_MV[0] * p_MV[0].log()).sum())
-    threshold = min(0.3, 0.9 * 2.718281828 ** -entropy)
+    threshold = min(0.3, 0.9 * 2.718281828**-entropy)
     assert 0.2 < threshold < 0.7
     sampler = Sampler(1.0, 1.0, torch.Generator().manual_seed(0))
     for token, accepted in ((0, True), (1, False), (2, False)):

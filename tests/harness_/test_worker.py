@@ -12,7 +12,7 @@ import tiny_chat
 import torch
 
 import prompts
-from harness import child, dialogue, drafter, meters, prepare, weights, worker
+from harness import child, dialogue, drafter, meters, prepare, runner, weights, worker
 from harness.errors import UserError
 from harness.plan import Job, Plan, plan, read_request
 from harness.results import Trial, append_trial, read_trials
@@ -158,6 +158,20 @@ def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPat
     events: list[child.Event] = []
     prepare.prepare(ready.directory, events.append)
     assert events[-1] == ready.prepared
+
+
+def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: str, argument: Path, log: Path, on_event: child.Emit) -> int:
+        on_event(child.Refused("add --raw"))
+        return 2
+
+    monkeypatch.setattr(child, "run", refuse)
+    for planned in (ready.plan, msgspec.structs.replace(ready.plan, raw=True)):
+        with pytest.raises(UserError, match=r"^add --raw$"):
+            runner.execute(planned, ready.directory / "refused", lambda event: None)
+    (ready.directory / "refused" / "trials.jsonl").touch()
+    with pytest.raises(UserError, match="raw was True, now False"):
+        runner.execute(ready.plan, ready.directory / "refused", lambda event: None)
 
 
 def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> None:

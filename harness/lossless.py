@@ -1,0 +1,224 @@
+"""Is a method's greedy text the target's own? What is compared, how a difference is judged, and the file of findings.
+
+A text that parts from the reference is judged at its first differing token, by how far both tokens are below the best
+one in float64: so close that rounding can explain it (NEAR_TIE) and it is a near-tie, else the method DIVERGED. In 8
+and 4 bits the target disagrees with itself between one token and several at a time, so a difference says nothing there
+(`untestable`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from harness.decode import Step
+from harness.errors import UserError
+
+VERSION = 1
+NEAR_TIE = {"32": 2e-4, "16": 0.25}
+"logits apart, by precision; none for quantised weights"
+
+Outcome = Literal["identical", "near-tie", "DIVERGED", "untestable"]
+Gap = Callable[[int], float]
+"position of the first differing token -> how far the worse of the two tokens is below the best logit, in float64"
+
+
+class Heading(msgspec.Struct, frozen=True, kw_only=True, tag="heading"):
+    """What all lines of a file have in common; files with unlike headings are not merged."""
+
+    version: int = VERSION
+    model: str
+    weights_sha256: str
+    bits: str
+    prompts_sha256: str
+    max_new_tokens: int
+    reference: Literal["generate", "ar"]
+    "transformers' own generate, or at less than 32 bits the same loop's `ar`"
+    system: str | None = None
+    raw: bool = False
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True, tag="reference"):
+    """The target's own answer to one turn."""
+
+    weights: str
+    "`base`, or what was merged into the target"
+    prompt_id: str
+    turn: int
+    prompt_tokens: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (self.weights, self.prompt_id, self.turn)
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
+    """One method's answer to one turn, compared."""
+
+    method: str
+    "as the user wrote it"
+    weights: str
+    prompt_id: str
+    turn: int
+    outcome: Outcome
+    compared: int
+    "tokens that agree with the reference, from the first on"
+    margin: float | None
+    "of a difference, in logits; None where there is none, or where one text ends early"
+    new_tokens: tuple[int, ...]
+    rounds: int
+    "verify passes"
+    drafted: tuple[int, ...]
+    "by depth, rounds that drafted so deep and had all before it accepted"
+    accepted: tuple[int, ...]
+    "by depth, rounds that accepted it"
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return (self.method, self.weights, self.prompt_id, self.turn)
+
+
+Line = Heading | Reference | Finding
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    outcome: Outcome
+    compared: int
+    margin: float | None
+
+
+def judge(reference: Sequence[int], text: Sequence[int], bits: str, gap: Gap) -> Judgement:
+    """Compare two texts; `gap` is asked at most once."""
+    place = first_difference(reference, text)
+    if place is None:
+        return Judgement("identical", len(reference), None)
+    if bits not in NEAR_TIE:
+        return Judgement("untestable", place, None)
+    if place >= min(len(reference), len(text)):
+        return Judgement("DIVERGED", place, None)
+    margin = gap(place)
+    return Judgement("near-tie" if margin < NEAR_TIE[bits] else "DIVERGED", place, margin)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two texts part; the shorter one's length if that is all; None where they are equal."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def acceptance(steps: Iterable[Step]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(drafted, accepted) by depth, as in a `Finding`."""
+    rounds = [(step.drafted_depth, step.accepted) for step in steps if step.drafted]
+    deepest = max((depth for depth, _ in rounds), default=0)
+    drafted = tuple(sum(depth > d and accepted >= d for depth, accepted in rounds) for d in range(deepest))
+    return drafted, tuple(sum(accepted > d for _, accepted in rounds) for d in range(deepest))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def append(path: Path, line: Line) -> None:
+    """Add one line, durably: a run that is killed loses nothing that it had finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(line) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop what a killed run left of its last line."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(path, len(whole))
+
+
+def read(paths: Iterable[Path]) -> tuple[Heading, list[Reference], list[Finding]]:
+    """All lines of some files, each key once. Raises UserError where they do not belong together."""
+    headings: dict[Heading, Path] = {}
+    references: dict[tuple[str, str, int], Reference] = {}
+    findings: dict[tuple[str, str, str, int], Finding] = {}
+    for path in paths:
+        for line in _lines(path):
+            match line:
+                case Heading():
+                    headings.setdefault(line, path)
+                case Reference():
+                    references[line.key] = line
+                case Finding():
+                    findings[line.key] = line
+    if len(headings) != 1:
+        names = ", ".join(map(str, headings.values())) or "these files"
+        what = "were made with different settings" if headings else "hold no findings"
+        raise UserError(f"{names} {what}: give files of one `python -m harness verify`")
+    return next(iter(headings)), list(references.values()), list(findings.values())
+
+
+def _lines(path: Path) -> Iterable[Line]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give a file that `verify` wrote") from None
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        return [msgspec.json.decode(line, type=Line) for line in whole.splitlines()]
+    except msgspec.MsgspecError as error:
+        raise UserError(f"{path} is no file of `verify`, or of a newer one ({error})") from None
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One method over all its turns."""
+
+    method: str
+    weights: str
+    turns: int
+    tokens: int
+    outcomes: dict[str, int]
+    "turns by outcome"
+    tau: float | None
+    "tokens per round: (new tokens - 1) / verify passes, over all turns"
+    acceptance: tuple[float, ...]
+    "by depth, the share accepted of what was drafted there and had all before it accepted"
+
+
+def summary(findings: Iterable[Finding]) -> list[Row]:
+    """Methods in order of first appearance."""
+    grouped: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault((finding.method, finding.weights), []).append(finding)
+    return [_row(method, weights, own) for (method, weights), own in grouped.items()]
+
+
+def _row(method: str, weights: str, own: Sequence[Finding]) -> Row:
+    rounds = sum(finding.rounds for finding in own)
+    drafted, accepted = (_added(getattr(finding, name) for finding in own) for name in ("drafted", "accepted"))
+    outcomes = [finding.outcome for finding in own]
+    return Row(
+        method=method,
+        weights=weights,
+        turns=len(own),
+        tokens=sum(finding.compared for finding in own),
+        outcomes={outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)},
+        tau=sum(len(finding.new_tokens) - 1 for finding in own) / rounds if rounds else None,
+        acceptance=tuple(a / d for a, d in zip(accepted, drafted, strict=True) if d),
+    )
+
+
+def _added(counts: Iterable[tuple[int, ...]]) -> list[int]:
+    total: list[int] = []
+    for each in counts:
+        total += [0] * (len(each) - len(total))
+        for depth, count in enumerate(each):
+            total[depth] += count
+    return total

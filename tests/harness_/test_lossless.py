@@ -1,0 +1,248 @@
+"""`verify`: finds a planted bug, forgives a tie, resumes, merges shards, and fails when something diverged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny_chat
+import torch
+from bench import steady
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from harness import decode, lossless, weights
+from harness.decode import Step
+from harness.errors import UserError
+from harness.lossless import Finding, Heading, acceptance, first_difference, judge, summary
+from harness.target import Target
+from harness.verify import Verdict
+from harness.verify_command import share, verify
+
+PLANTED = decode.verify
+
+
+@pytest.fixture
+def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of `verify` for a tiny model and three prompts, four turns."""
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+    return {
+        "model": str(tiny_chat.save(tmp_path / "model")),
+        "prompts": str(tiny_chat.prompts(tmp_path / "prompts.jsonl")),
+        "methods": "ar,prompt-lookup,layerskip",
+        "max_new_tokens": 24,
+        "device": "cpu",
+        "out": tmp_path / "found.jsonl",
+    }
+
+
+def outcomes(path: Path) -> dict[str, list[str]]:
+    _, _, findings = lossless.read([path])
+    return {
+        name: [f.outcome for f in findings if f.method == name] for name in dict.fromkeys(f.method for f in findings)
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_methods_that_are_right_are_found_identical(chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(**chat) == 0
+    heading, references, findings = lossless.read([chat["out"]])
+    assert heading.reference == "generate"
+    assert heading.bits == "32"
+    assert len(references) == 4
+    assert outcomes(chat["out"]) == dict.fromkeys(("ar", "prompt-lookup", "layerskip"), ["identical"] * 4)
+    assert {f.rounds for f in findings if f.method == "ar"} == {len(references[0].new_tokens) - 1}
+    printed = capsys.readouterr().out
+    assert "layerskip" in printed
+    assert "DIVERGED" in printed
+
+
+def test_the_second_turn_follows_the_references_first_answer(chat: dict[str, Any]) -> None:
+    verify(**chat)
+    _, references, _ = lossless.read([chat["out"]])
+    loaded = weights.load(weights.resolve(chat["model"]), weights.Bits(32), device="cpu")
+    (first, second) = (ref for ref in references if ref.prompt_id == "two")
+    assert list(second.prompt_tokens[: len(first.prompt_tokens)]) == list(first.prompt_tokens)
+    own = Target(loaded.model, capacity=1).generate(second.prompt_tokens, 24, [2])
+    assert list(second.new_tokens) == own
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, every: int, token: int) -> None:
+    """Every so many rounds, the loop commits a wrong token."""
+    rounds = 0
+
+    def verdict(*arguments: Any) -> Verdict:
+        nonlocal rounds
+        rounds += 1
+        found = PLANTED(*arguments)
+        if rounds % every == 0:
+            found.bonus = torch.full_like(found.bonus, token)
+        return found
+
+    monkeypatch.setattr(decode, "verify", verdict)
+
+
+def test_a_wrong_token_now_and_then_is_found(
+    chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(monkeypatch, every=17, token=9)
+    assert verify(**chat) == 1
+    assert "DIVERGED" in outcomes(chat["out"])["ar"]
+    _, _, findings = lossless.read([chat["out"]])
+    assert all(f.margin is None or f.margin > 2e-4 for f in findings if f.outcome == "DIVERGED")
+    assert "logits apart in float64" in capsys.readouterr().out
+
+
+def test_a_token_as_good_as_the_best_is_a_near_tie(chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of the head are equal, and the loop takes the second where the target takes the first."""
+    verify(**chat | {"out": chat["out"].with_name("before.jsonl"), "methods": "ar"})
+    _, (reference, *_), _ = lossless.read([chat["out"].with_name("before.jsonl")])
+    likely, twin = sorted((reference.new_tokens[8], 200))
+    file = Path(chat["model"]) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][twin] = tensors["lm_head.weight"][likely] = tensors["lm_head.weight"][
+        reference.new_tokens[8]
+    ]
+    save_file(tensors, file, {"format": "pt"})
+
+    def verdict(*arguments: Any) -> Verdict:
+        found = PLANTED(*arguments)
+        found.bonus = torch.where(found.bonus == likely, twin, found.bonus)
+        return found
+
+    monkeypatch.setattr(decode, "verify", verdict)
+    assert verify(**chat | {"methods": "ar"}) == 0
+    _, _, findings = lossless.read([chat["out"]])
+    ties = [f for f in findings if f.outcome == "near-tie"]
+    assert ties
+    assert {f.margin for f in ties} == {0.0}
+    assert {f.outcome for f in findings} <= {"identical", "near-tie"}
+
+
+def test_what_was_killed_goes_on_and_repeats_nothing(chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    verify(**chat)
+    whole = chat["out"].read_bytes().splitlines(keepends=True)
+    chat["out"].write_bytes(b"".join(whole[:8]) + whole[8][:20])  # a torn line
+    asked: list[int] = []
+    own = Target.generate
+    monkeypatch.setattr(Target, "generate", lambda *given: asked.append(1) or own(*given))
+    assert verify(**chat) == 0
+    assert not asked  # all references were there
+    assert sorted(chat["out"].read_bytes().splitlines(keepends=True)) == sorted(whole)
+
+
+def test_another_setting_does_not_mix_into_the_file(chat: dict[str, Any]) -> None:
+    verify(**chat | {"methods": "ar"})
+    with pytest.raises(UserError, match="other settings"):
+        verify(**chat | {"methods": "ar", "max_new_tokens": 5})
+
+
+def test_shards_together_are_the_whole(
+    chat: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify(**chat)
+    parts = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for number, part in enumerate(parts, start=1):
+        assert verify(**chat | {"shard": f"{number}/2", "out": part}) == 0
+    _, _, whole = lossless.read([chat["out"]])
+    _, _, merged = lossless.read(parts)
+    assert sorted(merged, key=lambda f: f.key) == sorted(whole, key=lambda f: f.key)
+    assert verify(read=tuple(parts)) == 0
+    assert "prompt-lookup" in capsys.readouterr().out
+
+
+def test_half_precision_is_compared_with_the_same_loop(chat: dict[str, Any]) -> None:
+    assert verify(**chat | {"bits": "16", "methods": "ar"}) == 0
+    heading, _, _ = lossless.read([chat["out"]])
+    assert heading.reference == "ar"
+    assert outcomes(chat["out"]) == {"ar": ["identical"] * 4}
+
+
+def test_an_untrained_method_says_how_to_train_it(chat: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="harness train --methods medusa"):
+        verify(**chat | {"methods": "medusa"})
+
+
+def test_shards_are_disjoint_and_complete() -> None:
+    prompts: Any = list(range(10))
+    assert sorted(prompt for i in (1, 2, 3) for prompt in share(prompts, f"{i}/3")) == prompts
+    for wrong in ("0/3", "4/3", "1-3", "a/b"):
+        with pytest.raises(UserError, match="shard"):
+            share(prompts, wrong)
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+tokens = st.lists(st.integers(0, 3), max_size=6)
+
+
+@steady
+@given(tokens, tokens)
+def test_the_first_difference_is_where_texts_part(one: list[int], other: list[int]) -> None:
+    place = first_difference(one, other)
+    if place is None:
+        assert one == other
+    else:
+        assert one[:place] == other[:place]
+        assert one[place : place + 1] != other[place : place + 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "gap", "outcome"),
+    [
+        ([1, 2, 3], "32", 9.0, "identical"),
+        ([1, 2, 4], "32", 1e-4, "near-tie"),
+        ([1, 2, 4], "32", 3e-4, "DIVERGED"),
+        ([1, 2, 4], "16", 0.2, "near-tie"),
+        ([1, 2], "32", 0.0, "DIVERGED"),  # ends early: no tie explains that
+        ([1, 2, 4], "int8:t6", 0.0, "untestable"),
+    ],
+)
+def test_a_difference_is_judged_by_its_margin(text: list[int], bits: str, gap: float, outcome: str) -> None:
+    assert judge([1, 2, 3], text, bits, lambda _: gap).outcome == outcome
+
+
+def step(depth: int, accepted: int) -> Step:
+    return Step(depth, depth, accepted, tuple(range(accepted + 1)), 1)
+
+
+def test_acceptance_counts_a_depth_only_where_all_before_it_were_accepted() -> None:
+    steps = [step(3, 0), step(3, 2), step(3, 3), step(1, 1), step(0, 0)]
+    assert acceptance(steps) == ((4, 2, 2), (3, 2, 1))
+
+
+def test_the_summary_weighs_by_tokens() -> None:
+    def finding(turn: int, new_tokens: int, rounds: int, accepted: tuple[int, ...]) -> Finding:
+        return Finding(
+            method="s3d", weights="base", prompt_id="p", turn=turn, outcome="identical", compared=new_tokens,
+            margin=None, new_tokens=tuple(range(new_tokens)), rounds=rounds, drafted=(rounds, *accepted[:-1]),
+            accepted=accepted,
+        )  # fmt: skip
+
+    (row,) = summary([finding(0, 11, 5, (5, 0)), finding(1, 31, 10, (10, 10))])
+    assert row.turns == 2
+    assert row.tau == 40 / 15
+    assert row.acceptance == (1.0, 10 / 15)
+    assert row.outcomes == {"identical": 2}
+
+
+def test_files_of_unlike_settings_are_not_merged(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    heading = Heading(
+        model="m", weights_sha256="0", bits="32", prompts_sha256="0", max_new_tokens=8, reference="generate"
+    )
+    lossless.append(one, heading)
+    lossless.append(other, msgspec.structs.replace(heading, max_new_tokens=9))
+    with pytest.raises(UserError, match="different settings"):
+        lossless.read([one, other])
+    with pytest.raises(UserError, match="cannot read"):
+        lossless.read([tmp_path / "none.jsonl"])
+    other.write_text("{}\n")
+    with pytest.raises(UserError, match="no file of `verify`"):
+        lossless.read([other])
