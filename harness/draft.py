@@ -7,6 +7,7 @@ Scored position 0 is the pending token; drafted node j (1-based) is scored posit
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -71,6 +72,50 @@ def tree(parents: tuple[int, ...], device: torch.device) -> Shape:
 def chain(length: int, device: torch.device) -> Shape:
     """A path of `length` nodes; no mask is needed to score it."""
     return tree(tuple(range(length)), device)
+
+
+@dataclass(frozen=True)
+class RankedTree:
+    """A static tree of guesses made all at once: node j is the rank_N[j]-th best guess for depth depth_N[j] (from 0)."""
+
+    shape: Shape
+    depth_N: Tensor
+    rank_N: Tensor
+    ranks: int
+
+    @classmethod
+    def of(cls, paths: Sequence[tuple[int, ...]], device: torch.device) -> RankedTree:
+        """From paths named by the rank taken at each depth: (0,), (1,), (0, 0), ..."""
+        order = sorted(paths, key=lambda path: (len(path), path))
+        index = {(): 0} | {path: node for node, path in enumerate(order, start=1)}
+        return cls(
+            tree(tuple(index[path[:-1]] for path in order), device),
+            torch.tensor([len(path) - 1 for path in order], device=device),
+            torch.tensor([path[-1] for path in order], device=device),
+            1 + max(path[-1] for path in order),
+        )
+
+    def draft(self, guesses_KR: Tensor) -> Draft:
+        """`guesses_KR[i, r]` is the r-th best token for depth i."""
+        return Draft(guesses_KR[self.depth_N, self.rank_N], self.shape)
+
+
+def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
+    """The `nodes` paths most likely to be right, where accuracy[i][r] is how often the r-th guess for depth i is.
+
+    A path's chance is taken as the product of its guesses' (Medusa, arXiv 2401.10774, section 3.3.3); parents always
+    come before their children.
+    """
+    queue: list[tuple[float, tuple[int, ...]]] = [(-share, (rank,)) for rank, share in enumerate(accuracy[0])]
+    heapq.heapify(queue)
+    chosen: list[tuple[int, ...]] = []
+    while queue and len(chosen) < nodes:
+        chance, path = heapq.heappop(queue)
+        chosen.append(path)
+        if len(path) < len(accuracy):
+            for rank, share in enumerate(accuracy[len(path)]):
+                heapq.heappush(queue, (chance * share, (*path, rank)))
+    return chosen
 
 
 def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:

@@ -79,3 +79,8 @@ def tensors(path: Path) -> dict[str, Any]:
     if not files:
         raise UserError(f"{path} holds no .safetensors file; pickled weights are never loaded: convert them first")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def rank_accuracy(config: dict[str, Any], depths: int) -> list[list[float]]:
+    """How often the r-th guess for depth i is right, as measured in training; a plausible fall-off where nobody measured."""
+    return list(config.get("rank_accuracy") or [[0.5 * 0.8**i * 0.35**r for r in range(10)] for i in range(depths)])[:depths]

@@ -8,7 +8,6 @@ head each; ours share the target's.
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.draft import Draft, tree
+from harness.draft import Draft, RankedTree, best_paths
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Options
 from harness.sampling import Sampler
@@ -73,16 +72,9 @@ class Medusa(Method):
     taps = (-1,)
 
     def __init__(
-        self, target: Target, heads: Heads, head: DraftHead, choices: list[tuple[int, ...]], rule: Typical | None
+        self, target: Target, heads: Heads, head: DraftHead, guesses: RankedTree, rule: Typical | None
     ) -> None:
-        """`choices` name the tree's nodes by the rank taken at each depth: (0,), (1,), (0, 0), ..."""
-        self.target, self.heads, self.head, self.rule = target, heads, head, rule
-        order = sorted(choices, key=lambda path: (len(path), path))
-        index = {(): 0} | {path: node for node, path in enumerate(order, start=1)}
-        self.shape = tree(tuple(index[path[:-1]] for path in order), target.device)
-        self.depth_N = torch.tensor([len(path) - 1 for path in order], device=target.device)
-        self.rank_N = torch.tensor([path[-1] for path in order], device=target.device)
-        self.ranks = 1 + max(path[-1] for path in order)
+        self.target, self.heads, self.head, self.guesses, self.rule = target, heads, head, guesses, rule
         self.hidden_D: Tensor | None = None
 
     @classmethod
@@ -97,13 +89,14 @@ class Medusa(Method):
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
         heads = heads_from(tensors, options.heads).to(target.device, target.trunk.dtype)
         count = len(heads.blocks)
-        accuracy = config.get("rank_accuracy") or [[0.5 * 0.8**i * 0.35**r for r in range(10)] for i in range(count)]
-        paths = best_tree(accuracy[:count], options.nodes) if options.nodes else [(0,) * d for d in range(1, count + 1)]
-        return cls(target, heads, head, paths, Typical() if options.acceptance == "typical" else None)
+        chain = [(0,) * depth for depth in range(1, count + 1)]
+        paths = best_paths(checkpoint.rank_accuracy(config, count), options.nodes) if options.nodes else chain
+        guesses = RankedTree.of(paths, target.device)
+        return cls(target, heads, head, guesses, Typical() if options.acceptance == "typical" else None)
 
     @property
     def reach(self) -> int:
-        return 1 + self.rank_N.shape[0]
+        return 1 + self.guesses.rank_N.shape[0]
 
     @property
     def drafter_bytes(self) -> int:
@@ -115,8 +108,7 @@ class Medusa(Method):
     def propose(self, tokens: Sequence[int]) -> Draft:
         assert self.hidden_D is not None
         logits_HV = self.heads(self.hidden_D, self.head)
-        guesses_HR = self.head.tokens(logits_HV.topk(self.ranks, dim=-1).indices)
-        return Draft(guesses_HR[self.depth_N, self.rank_N], self.shape)
+        return self.guesses.draft(self.head.tokens(logits_HV.topk(self.guesses.ranks, dim=-1).indices))
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
         self.hidden_D = scores.hidden[self.target.depth][verdict.last]
@@ -126,23 +118,6 @@ class Medusa(Method):
         cls, trunk: Trunk, options: MedusaOptions, vocabulary_V: Tensor | None, seed_ids: Tensor
     ) -> MedusaTrainee:
         return MedusaTrainee(trunk, options, vocabulary_V)
-
-
-def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
-    """The `nodes` paths most likely to be right, where accuracy[i][r] is how often head i's r-th guess is.
-
-    A path's chance is taken as the product of its guesses' (the paper's section 3.3.3); parents always come first.
-    """
-    queue: list[tuple[float, tuple[int, ...]]] = [(-share, (rank,)) for rank, share in enumerate(accuracy[0])]
-    heapq.heapify(queue)
-    chosen: list[tuple[int, ...]] = []
-    while queue and len(chosen) < nodes:
-        chance, path = heapq.heappop(queue)
-        chosen.append(path)
-        if len(path) < len(accuracy):
-            for rank, share in enumerate(accuracy[len(path)]):
-                heapq.heappush(queue, (chance * share, (*path, rank)))
-    return chosen
 
 
 def heads_from(tensors: dict[str, Tensor], limit: int | None) -> Heads:

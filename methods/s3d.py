@@ -22,7 +22,7 @@ from harness import drafter as checkpoint
 from harness.adapters import LoRA
 from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, chain
+from harness.draft import Draft, Drawn, RankedTree, best_paths, chain
 from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Options
 from harness.sampling import Sampler
@@ -37,6 +37,8 @@ class S3DOptions(Options, frozen=True, kw_only=True):
     "layers that draft, front+back (a checkpoint is trained for one choice, its default)"
     mode: Literal["gated", "shared"] = "gated"
     "gated: frozen target, LoRA in the draft pass; shared: the LoRA merged into the target"
+    nodes: int = 0
+    "size of a static tree of each slot's best guesses, verified at once; 0 drafts the paper's chain"
     rank: int = 64
     "training: rank of the LoRA"
     drafter: str | None = None
@@ -51,11 +53,18 @@ class S3D(Method):
     needs_drafter = True
 
     def __init__(
-        self, target: Target, masks_KD: Tensor, layers: Layers, lora: LoRA | None, head: DraftHead, sampler: Sampler
+        self,
+        target: Target,
+        masks_KD: Tensor,
+        layers: Layers,
+        lora: LoRA | None,
+        head: DraftHead,
+        guesses: RankedTree | None,
+        sampler: Sampler,
     ) -> None:
-        self.target, self.masks_KD, self.layers, self.lora, self.head, self.sampler = (
-            target, masks_KD, layers, lora, head, sampler
-        )  # fmt: skip
+        """`lora` is None where it is merged into the target; `guesses` is None for a chain."""
+        self.target, self.masks_KD, self.layers, self.lora = target, masks_KD, layers, lora
+        self.head, self.guesses, self.sampler = head, guesses, sampler
 
     @classmethod
     def target_weights(cls, options: S3DOptions) -> str:
@@ -97,11 +106,18 @@ class S3D(Method):
             lora = LoRA(target.trunk, layers.indices, config["rank"])
             lora.load_state_dict(tensors)
             lora.to(target.device, target.trunk.dtype)
-        return cls(target, masks_KD[:k], layers, lora, head, sampler)
+        if options.nodes < 0:
+            raise ValueError("s3d needs nodes >= 0 (0 drafts a chain)")
+        guesses = None
+        if options.nodes:
+            accuracy = checkpoint.rank_accuracy(config, k + 1)
+            guesses = RankedTree.of(best_paths(accuracy, options.nodes), target.device)
+        return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler)
 
     @property
     def reach(self) -> int:
-        return 2 + self.masks_KD.shape[0]
+        scored = self.masks_KD.shape[0] + 1 if self.guesses is None else self.guesses.rank_N.shape[0]
+        return 1 + max(scored, self.masks_KD.shape[0])
 
     @property
     def drafter_bytes(self) -> int:
@@ -113,6 +129,8 @@ class S3D(Method):
         slots = torch.cat((self.target.trunk.embed(pending), self.masks_KD))
         hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
         logits = self.head.logits(hidden)
+        if self.guesses is not None:
+            return self.guesses.draft(self.head.tokens(logits.topk(self.guesses.ranks, dim=-1).indices))
         shape = chain(logits.shape[0], self.target.device)
         if self.sampler.greedy:
             return Draft(self.head.tokens(logits.argmax(-1)), shape)
