@@ -13,29 +13,37 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of some layers. `layers` maps a layer's index to (key-value heads, head width)."""
+    """Keys and values of some layers, all of the same shape. `layers` says on which device each of them lives.
+
+    `keys[layer]` and `values[layer]` are views, (B, H, S, d), of one tensor a device, so that moving slots is one
+    operation whatever the number of layers.
+    """
 
     def __init__(
         self,
-        layers: Mapping[int, tuple[int, int]],
+        layers: Mapping[int, torch.device],
         capacity: int,
         *,
-        device: torch.device | Mapping[int, torch.device],
+        heads: int,
+        width: int,
         dtype: torch.dtype,
         batch: int = 1,
     ) -> None:
-        def empty(layer: int, heads: int, width: int) -> Tensor:
-            where = device[layer] if isinstance(device, Mapping) else device
-            return torch.zeros(batch, heads, capacity, width, device=where, dtype=dtype)
-
         self.capacity = capacity
         self.length = 0
-        self.keys = {layer: empty(layer, *size) for layer, size in layers.items()}
-        self.values = {layer: empty(layer, *size) for layer, size in layers.items()}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._stores: list[Tensor] = []
+        for device in dict.fromkeys(layers.values()):
+            mine = [layer for layer, where in layers.items() if where == device]
+            store = torch.zeros(2, len(mine), batch, heads, capacity, width, device=device, dtype=dtype)
+            self.keys |= {layer: store[0, place] for place, layer in enumerate(mine)}
+            self.values |= {layer: store[1, place] for place, layer in enumerate(mine)}
+            self._stores.append(store)
 
     @property
     def bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
+        return sum(store.nbytes for store in self._stores)
 
     def write(self, layer: int, start: int, keys_BHMd: Tensor, values_BHMd: Tensor) -> tuple[Tensor, Tensor]:
         """Store M slots from `start` on and return all slots up to them, (B, H, start + M, d) each."""
@@ -48,9 +56,8 @@ class KVCache:
     def gather(self, slots_K: Tensor, start: int) -> None:
         """Move the scratch slots `slots_K` (ascending) to `start`, `start` + 1, ... in every layer."""
         stop = start + slots_K.shape[0]
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                tensor[:, :, start:stop] = tensor[:, :, slots_K.to(tensor.device)]
+        for store in self._stores:
+            store[..., start:stop, :] = store.index_select(-2, slots_K.to(store.device))
 
     def commit(self, slots: int) -> None:
         self.length += slots

@@ -95,11 +95,11 @@ class Trunk:
     def cache(self, capacity: int, *, layers: Iterable[int] | None = None, batch: int = 1) -> KVCache:
         """An empty cache for `layers` (default: all)."""
         chosen = range(self.depth) if layers is None else layers
-        width = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
         return KVCache(
-            dict.fromkeys(chosen, (self.config.num_key_value_heads, width)),
+            {layer: next(self.layers[layer].parameters()).device for layer in chosen},
             capacity,
-            device={layer: next(self.layers[layer].parameters()).device for layer in chosen},
+            heads=self.config.num_key_value_heads,
+            width=getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads,
             dtype=self.dtype,
             batch=batch,
         )

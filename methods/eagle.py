@@ -128,8 +128,13 @@ class Eagle(Method):
     ) -> None:
         self.target, self.layer, self.head, self.taps = target, layer, head, taps
         self.options, self.sampler = options, sampler
-        size = (layer.kv_heads, layer.head_width)
-        self.cache = KVCache({0: size}, target.cache.capacity, device=target.device, dtype=target.trunk.dtype)
+        self.cache = KVCache(
+            {0: target.device},
+            target.cache.capacity,
+            heads=layer.kv_heads,
+            width=layer.head_width,
+            dtype=target.trunk.dtype,
+        )
         self.last_1D = torch.empty(0)
 
     @classmethod

@@ -1,0 +1,73 @@
+"""House rules that a machine can check: lint, format, types, import directions, and what the README promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("lint-imports",)],
+    ids=lambda command: " ".join(command),
+)
+def test_tool_finds_nothing(command: tuple[str, ...]) -> None:
+    run(str(SCRIPTS / command[0]), *command[1:])
+
+
+def blocks() -> list[str]:
+    """Code blocks of the README."""
+    return re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_commands_parse() -> None:
+    """Every `python -m harness` line of the README is accepted by the command line (planned, not measured)."""
+    from harness.cli import app
+
+    lines = [line.strip() for block in blocks() for line in block.splitlines()]
+    found = [re.split(r"-m harness\s+", line, maxsplit=1)[1].split("#")[0] for line in lines if "-m harness " in line]
+    assert len(found) >= 4
+    for arguments in found:
+        app.parse_args(arguments.split(), print_error=False, exit_on_error=False)
+
+
+def test_readme_table_of_methods_is_the_programs_own() -> None:
+    """The table between the marks is what `reports.tables` and the methods themselves say."""
+    text = (ROOT / "README.md").read_text()
+    written = re.search(r"<!-- methods -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert written is not None
+    assert written[1].strip() == methods_table().strip(), "run `python tests/test_house.py` and paste what it prints"
+
+
+def methods_table() -> str:
+    from harness.method import find, installed
+
+    rows = ["| method | what it does | source |", "|---|---|---|"]
+    rows += [f"| `{name}` | {find(name).summary} | {find(name).source} |" for name in installed()]
+    return "\n".join(rows)
+
+
+def test_no_weights_but_safetensors_and_none_too_large() -> None:
+    weights = [path for path in ROOT.glob("methods/drafters/**/*") if path.is_file()]
+    assert weights, "the default model's drafters are part of the repository"
+    assert {path.suffix for path in weights} == {".safetensors"}
+    assert max(path.stat().st_size for path in weights) < 16 * 10**6
+    assert sum(path.stat().st_size for path in weights) < 40 * 10**6
+
+
+if __name__ == "__main__":
+    sys.stdout.write(methods_table() + "\n")
