@@ -59,7 +59,7 @@ def train(
     Calling it again with the same settings goes on where it stopped. Raises UserError.
     """
     specs = parse(settings.methods)
-    if idle := [spec.name for spec in specs if find(spec.name).trainee.__func__ is Method.trainee.__func__]:
+    if idle := [spec.name for spec in specs if not _trains(find(spec.name))]:
         raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
     torch.manual_seed(settings.seed)
     source = weights.resolve(settings.model)
@@ -77,9 +77,7 @@ def train(
     )  # fmt: skip
     vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
     trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, corpus) for spec in specs}
-    recipe = Recipe(
-        settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed
-    )
+    recipe = Recipe(settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed)
     room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
     unfinished = _unfinished(settings, loaded.sha256)
     if unfinished.is_file() and not restart:
@@ -96,6 +94,10 @@ def train(
     paths = _write(room, specs, folder, settings, source.name, loaded.sha256)
     unfinished.unlink(missing_ok=True)
     return paths
+
+
+def _trains(kind: type[Method]) -> bool:
+    return any("trainee" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Method)])
 
 
 def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus) -> Any:

@@ -1,4 +1,4 @@
-"""Text to learn from, written by the target itself: dialogues whose user turns are sampled and whose answers are greedy.
+"""Text to learn from, written by the target itself: dialogues with sampled user turns and greedy answers.
 
 No data set is needed, and what a drafter sees is what it will have to guess: the target's own greedy answers. All
 sequences are written in lockstep, one token of each a step, so nothing is padded. A file of prompts gives the first
@@ -26,7 +26,7 @@ from harness.trunk import Trunk
 
 USER_TURN = 96
 "longest sampled user turn, tokens"
-ANSWER = 192
+ANSWER = 128
 "longest greedy answer, tokens: a small model's greedy text repeats itself when it goes on"
 
 
@@ -57,15 +57,17 @@ class Template:
     def of(cls, tokenizer: Any) -> Template:
         """Cut the tokenizer's chat template at its contents. Raises UserError where it has none."""
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError("this model has no chat template, so it cannot write dialogues to learn from: name an instruct model")
+            raise UserError(
+                "this model has no chat template, so it cannot write dialogues to learn from: name an instruct model"
+            )
         turns = [("user", "\x01"), ("assistant", "\x02"), ("user", "\x03")]
         messages = [{"role": role, "content": content} for role, content in turns]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         opening, rest = text.split("\x01")
         to_answer, rest = rest.split("\x02")
         to_user = rest.split("\x03")[0]
-        encode = lambda part: tokenizer.encode(part, add_special_tokens=False)  # noqa: E731
-        return cls(encode(opening), encode(to_answer), encode(to_user))
+        pieces = (opening, to_answer, to_user)
+        return cls(*(tokenizer.encode(piece, add_special_tokens=False) for piece in pieces))
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def make(
 
     `identity` is the model's (its weights' SHA-256): another model writes another text.
     """
-    key = json.dumps([identity, tokens, length, seed, list(first_turns or ())])
+    key = json.dumps([identity, tokens, length, seed, USER_TURN, ANSWER, list(first_turns or ())])
     path = cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         return read(path)
@@ -173,12 +175,17 @@ def make(
             rate = done * length / (time.perf_counter() - started)
             on_progress(f"writing text to learn from ({rate:,.0f} tokens/s)", done / sequences)
 
-        parts.append(
-            write(
-                trunk, template, end_ids,
-                sequences=size, length=length, seed=seed + first, first_turns=share, on_step=tell,
-            )  # fmt: skip
+        written = write(
+            trunk,
+            template,
+            end_ids,
+            sequences=size,
+            length=length,
+            seed=seed + first,
+            first_turns=share,
+            on_step=tell,
         )
+        parts.append(written)
     ids_RT, greedy_RT = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, device_name(trunk.device))
     save(path, corpus)

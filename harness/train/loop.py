@@ -24,6 +24,10 @@ from harness.lesson import Lesson, Trainee
 from harness.train.corpus import Corpus
 from harness.trunk import DraftHead, Trunk
 
+REPEATED = 4
+"a token that ends this long a piece of text for the second time is a repetition"
+REPEAT_WEIGHT = 0.1
+"weight of a place where the text repeats itself: half of a small model's greedy text does, and it is easy"
 RANKS = 10
 "how many of a drafter's guesses the evaluation ranks (Medusa's tree is built from them)"
 
@@ -80,7 +84,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Held-out: how often the r-th guess at depth j is the target's choice (K, RANKS), and tokens a round of a chain."""
+    """Held-out: how often the r-th guess at depth j is the target's choice, (K, RANKS); tokens a round of a chain."""
 
     rank_accuracy: list[list[float]]
     tau: float
@@ -103,7 +107,8 @@ class Classroom:
         rows, self.length = corpus.ids_RT.shape
         self.steps = recipe.steps(self.length)
         held_out = max(1, min(recipe.held_out, rows // 10))
-        usable = places(corpus.greedy_RT, self.depths).any(1)
+        self.weight_RT = places(corpus.greedy_RT, self.depths) * novelty(corpus.ids_RT)
+        usable = (self.weight_RT > 0).any(1)
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(recipe.seed))
         order = order[usable[order]]
         if order.numel() <= held_out:
@@ -174,7 +179,7 @@ class Classroom:
         """Agreement with the target's choices on text that nobody trained on."""
         hits: dict[str, list[Tensor]] = {name: [] for name in self.pupils}
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        for rows in self.held_out_R.split(self.recipe.batch):
+        for rows in torch.split(self.held_out_R, self.recipe.batch):
             lesson = self._lesson(rows, generator)
             for name, pupil in self.pupils.items():
                 with self._precision():
@@ -188,8 +193,8 @@ class Classroom:
     def _lesson(self, rows_B: Tensor, generator: torch.Generator) -> Lesson:
         device = self.trunk.device
         ids_BT = self.corpus.ids_RT[rows_B].to(device)
-        weights = places(self.corpus.greedy_RT[rows_B], self.depths).float()
-        anchors_BA = torch.multinomial(weights, self.recipe.anchors, replacement=True, generator=generator).to(device)
+        weight_BT = self.weight_RT[rows_B]
+        anchors_BA = torch.multinomial(weight_BT, self.recipe.anchors, replacement=True, generator=generator).to(device)
         batch = ids_BT.shape[0]
         if self._cache is None or next(iter(self._cache.keys.values())).shape[0] != batch:
             self._cache = self.trunk.cache(self.length, batch=batch)
@@ -245,7 +250,9 @@ class Classroom:
             try:
                 pupil.trainee.module.load_state_dict(module)
             except RuntimeError as error:
-                raise UserError(f"the interrupted training was another one ({error}); start anew with `--restart`") from None
+                raise UserError(
+                    f"the interrupted training was another one ({error}); start anew with `--restart`"
+                ) from None
             moments: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
                 if key.startswith(f"{name}/optimizer/"):
@@ -259,7 +266,7 @@ class Classroom:
 def _attention_flops(query: Tensor, keys: Tensor, *_: Any, **__: Any) -> int:
     """Two products of M x S x d a query head; torch's own count refuses grouped queries."""
     batch, heads, size, width = query
-    return int(4 * batch * heads * size * keys[2] * width)  # type: ignore[call-overload]
+    return int(4 * batch * heads * size * keys[2] * width)
 
 
 def _attention_backward_flops(_: Tensor, query: Tensor, keys: Tensor, *__: Any, **___: Any) -> int:
@@ -288,8 +295,20 @@ def places(greedy_RT: Tensor, depths: int) -> Tensor:
     return good
 
 
+def novelty(ids_RT: Tensor, rows: int = 256) -> Tensor:
+    """(R, T): 1 where the token after this one is new text, REPEAT_WEIGHT where it only repeats the sequence's own."""
+    weight_RT = torch.ones(ids_RT.shape)
+    base = torch.tensor([1_000_003**power % (2**61 - 1) for power in range(REPEATED + 1)])
+    for start in range(0, ids_RT.shape[0], rows):
+        # Piece i ends with token i + REPEATED; its hash is equal to an earlier piece's where the text repeats.
+        hashes_RP = (ids_RT[start : start + rows].unfold(1, REPEATED + 1, 1) * base).sum(-1)
+        seen_RP = (hashes_RP[:, :, None] == hashes_RP[:, None]).tril(-1).any(-1)
+        weight_RT[start : start + rows, REPEATED - 1 : -1][seen_RP] = REPEAT_WEIGHT
+    return weight_RT
+
+
 def draft_vocabulary(corpus: Corpus, size: int, vocabulary: int, keep: frozenset[int]) -> Tensor | None:
-    """Ids of the most frequent greedy tokens, ascending, with `keep` always among them; None for the whole vocabulary."""
+    """Ids of the most frequent greedy tokens, ascending, `keep` always among them; None for the whole vocabulary."""
     if size <= 0 or size >= vocabulary:
         return None
     counts = torch.bincount(corpus.ids_RT[corpus.greedy_RT], minlength=vocabulary)

@@ -14,7 +14,7 @@ from harness import chat, drafter, method, weights
 from harness.cli import main
 from harness.errors import UserError
 from harness.train import corpus
-from harness.train.loop import Classroom, Recipe, draft_vocabulary, load_state, places, save_state
+from harness.train.loop import Classroom, Recipe, draft_vocabulary, load_state, novelty, places, save_state
 from harness.trunk import Trunk
 
 TRAINED = ("s3d:keep=1+2:k=2:rank=4", "medusa:heads=2", "eagle:depth=2", "draft-model:layers=1")
@@ -56,9 +56,7 @@ def test_every_dialogue_opens_as_the_template_says(loaded: weights.LoadedModel, 
     assert (text.ids_RT[:, : len(opening)] == torch.tensor(opening)).all()
 
 
-def test_tokens_marked_greedy_are_the_models_own_first_choice(
-    loaded: weights.LoadedModel, text: corpus.Corpus
-) -> None:
+def test_tokens_marked_greedy_are_the_models_own_first_choice(loaded: weights.LoadedModel, text: corpus.Corpus) -> None:
     trunk = Trunk(loaded.model)
     trunk._set_attention("sdpa")
     with torch.no_grad():
@@ -96,6 +94,13 @@ def test_a_corpus_is_written_once_and_read_again(
 def test_places_have_only_greedy_tokens_after_them() -> None:
     greedy = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()
     assert places(greedy, 2).nonzero()[:, 1].tolist() == [1, 5, 6]
+
+
+def test_a_place_before_repeated_text_counts_less() -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 8]])
+    weight = novelty(ids)
+    # Token 10 (a 5) ends "1 2 3 4 5" for the second time: the place before it is the only one that counts less.
+    assert (weight < 1).nonzero()[:, 1].tolist() == [9]
 
 
 def test_a_draft_vocabulary_has_what_is_said_most_and_what_must_be_there(text: corpus.Corpus) -> None:
@@ -159,7 +164,8 @@ def test_the_command_trains_and_run_finds_the_drafters(
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     methods = ",".join([*TRAINED, "s3d:mode=shared:keep=1+2:k=2:rank=2"])
     data = tiny_chat.prompts(tmp_path / "data.jsonl")
-    small = f"--data {data} --tokens 1152 --corpus-tokens 1152 --length 48 --batch 4 --anchors 4 --draft-vocabulary 200 --device cpu"
+    small = f"--data {data} --tokens 1152 --corpus-tokens 1152 --length 48 --batch 4 --anchors 4 --device cpu"
+    small += " --draft-vocabulary 200"
     assert main(["train", "--model", str(directory), "--methods", methods, *small.split()]) == 0
     name = weights.resolve(str(directory)).name
     for found in ("s3d", "s3d-shared", "medusa", "eagle", "draft-model"):
