@@ -109,10 +109,12 @@ app.command("harness.verify_command:verify", name="verify", group_parameters="Op
 @app.command(group_parameters="Options")
 def train(
     *,
-    methods: Annotated[str, Parameter(help="What to train, with options: `s3d:keep=4+8:rank=64,eagle`.")] = "s3d,medusa,eagle",
+    methods: Annotated[str, Parameter(help="What to train: `s3d:keep=4+8,eagle`.")] = "s3d,medusa,eagle",
     model: Annotated[str | None, Parameter(help="Hub id or directory; default: a small chat model.")] = None,
     tokens: Annotated[int, Parameter(help="Tokens seen in training, all epochs together.")] = 20_000_000,
-    corpus_tokens: Annotated[int | None, Parameter(help="Tokens the model writes to learn from; at most 5 million.")] = None,
+    corpus_tokens: Annotated[
+        int | None, Parameter(help="Tokens written to learn from; default: at most 5 million.")
+    ] = None,
     data: Annotated[Path | None, Parameter(help="Prompts to begin with (JSONL), instead of sampled ones.")] = None,
     draft_vocabulary: Annotated[int, Parameter(help="Most frequent tokens a drafter can say; 0: all.")] = 8192,
     length: Annotated[int, Parameter(help="Tokens a sequence.")] = 512,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,28 @@ def methods_table() -> str:
     rows = ["| method | what it does | source |", "|---|---|---|"]
     rows += [f"| `{name}` | {find(name).summary} | {find(name).source} |" for name in installed()]
     return "\n".join(rows)
+
+
+def test_the_decoder_that_contributing_shows_works(tmp_path: Path) -> None:
+    """Its code is run as it stands there, and its text is the target's own."""
+    import bench
+    from tiny import tiny
+
+    from harness.decode import Limits
+    from harness.target import Target
+
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    kind = names["Bigram"]
+    target = Target(tiny("llama"), capacity=bench.CAPACITY)
+    prompt = bench.text(24, 64, seed=3) * 2
+    limits = Limits(40)
+    method = kind.load(target, kind.Options(), None, bench.sampler())
+    text, steps = bench.decoded(target, method, prompt, limits)
+    assert text == target.generate(prompt, 40, frozenset())
+    assert any(step.drafted for step in steps), "it drafts something"
 
 
 def test_no_weights_but_safetensors_and_none_too_large() -> None:
