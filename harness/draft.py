@@ -76,7 +76,7 @@ def chain(length: int, device: torch.device) -> Shape:
 
 @dataclass(frozen=True)
 class RankedTree:
-    """A static tree of guesses made at once: node j is the rank_N[j]-th best guess for depth depth_N[j], both from 0."""
+    """A static tree of guesses made at once: node j is guess rank_N[j] (0: the best) for depth depth_N[j] (from 0)."""
 
     shape: Shape
     depth_N: Tensor

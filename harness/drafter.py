@@ -82,7 +82,6 @@ def tensors(path: Path) -> dict[str, Any]:
 
 
 def rank_accuracy(config: dict[str, Any], depths: int) -> list[list[float]]:
-    """How often the r-th guess for depth i is right, as measured in training; a plausible fall-off where nobody measured."""
-    return list(config.get("rank_accuracy") or [[0.5 * 0.8**i * 0.35**r for r in range(10)] for i in range(depths)])[
-        :depths
-    ]
+    """How often the r-th guess for depth i is right, measured in training; a plausible fall-off where nobody did."""
+    assumed = [[0.5 * 0.8**depth * 0.35**rank for rank in range(10)] for depth in range(depths)]
+    return list(config.get("rank_accuracy") or assumed)[:depths]
