@@ -7,6 +7,7 @@ where keys and values are kept and who sees whom. Masks are boolean, true where 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -188,10 +189,15 @@ def attend_view(
 
 def rotary(positions_M: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (Su et al. 2021), (M, width) each, in the half-split layout."""
-    inverse = base ** -(torch.arange(0, width, 2, device=positions_M.device, dtype=torch.float32) / width)
-    angles = positions_M[..., None].float() * inverse
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = positions_M[..., None] * _frequencies(width, base, positions_M.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache
+def _frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    """(width,), in float32, the two halves alike."""
+    half = base ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    return torch.cat((half, half))
 
 
 def rotate(x_BHMd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,18 +41,6 @@ class EagleOptions(Options, frozen=True, kw_only=True):
     "checkpoint: file, directory or hub id"
 
 
-class Norm(nn.Module):
-    """Root mean square norm (Zhang & Sennrich 2019)."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon))).to(x.dtype)
-
-
 class Layer(nn.Module):
     """The drafting layer. `generation` 1 has no norm before attention and reads width D, 3 has two and reads 2 D."""
 
@@ -70,12 +58,12 @@ class Layer(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_width, width, bias=False)
         self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
-        self.post_attention_layernorm = Norm(width, epsilon)
+        self.post_attention_layernorm = nn.RMSNorm(width, epsilon)
         self.generation = generation
         self.normed_residual = config.get("norm_before_residual", False)  # speculators' name for a variant of EAGLE-3
         if generation == 3:
-            self.hidden_norm, self.input_layernorm = Norm(width, epsilon), Norm(width, epsilon)
-            self.norm = Norm(width, epsilon)
+            self.hidden_norm, self.input_layernorm = nn.RMSNorm(width, epsilon), nn.RMSNorm(width, epsilon)
+            self.norm = nn.RMSNorm(width, epsilon)
 
     def features(self, tapped: Tensor) -> Tensor:
         """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
