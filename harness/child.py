@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,10 +22,19 @@ class Preparing(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """What workers need is there."""
+
     weights_sha256: str
     first_answers_sha256: str | None
     sources: dict[str, ModelSource]
     "where the weights of each `Cell.weights` are"
+    warnings: tuple[str, ...] = ()
+
+
+class Warned(msgspec.Struct, frozen=True, tag=True):
+    """The run goes on, but its figures may mislead."""
+
+    warning: str
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -61,7 +70,7 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
     reason: str | None = None
 
 
-Event = Preparing | Prepared | Refused | Left | Started | Decoded
+Event = Preparing | Prepared | Warned | Refused | Left | Started | Decoded
 Emit = Callable[[Event], None]
 
 
@@ -76,10 +85,10 @@ def to_parent() -> Emit:
     return emit
 
 
-def run(module: str, argument: Path, log: Path, on_event: Emit) -> int:
+def run(module: str, argument: Path, log: Path, on_event: Emit, environment: Mapping[str, str]) -> int:
     """In the parent: run `python -m module argument` to its end; its exit status, negative for a signal.
 
-    A child does not see Ctrl-C, which reaches us, and is stopped when we leave.
+    `environment` is added to ours. A child does not see Ctrl-C, which reaches us, and is stopped when we leave.
     """
     with log.open("wb") as stderr:
         process = subprocess.Popen(
@@ -87,6 +96,7 @@ def run(module: str, argument: Path, log: Path, on_event: Emit) -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            env=os.environ | environment,
             start_new_session=True,
         )
         assert process.stdout is not None

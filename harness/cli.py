@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 import tomllib
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 
 from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.plan import Plan, Request
 
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = App(
     name="python -m harness",
@@ -34,10 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CycloptsError) as error:
         print("harness:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in NO_DISK:
+            raise
+        where = f"cannot use {error.filename or 'the disk'} ({error.strerror})"
+        print(f"harness: {where}: make room there, or name another place", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print("harness:", stop if str(stop) else "interrupted", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _at_least(least: float, help: str) -> Parameter:
+    return Parameter(help=help, validator=Number(gte=least))
 
 
 def _flag(help: str) -> Parameter:
@@ -111,20 +124,20 @@ def train(
     *,
     methods: Annotated[str, Parameter(help="What to train: `s3d:keep=4+8,eagle`.")] = "s3d,medusa,eagle",
     model: Annotated[str | None, Parameter(help="Hub id or directory; default: a small chat model.")] = None,
-    tokens: Annotated[int, Parameter(help="Tokens seen in training, all epochs together.")] = 20_000_000,
+    tokens: Annotated[int, _at_least(1, "Tokens seen in training, all epochs together.")] = 20_000_000,
     corpus_tokens: Annotated[
-        int | None, Parameter(help="Tokens written to learn from; default: at most 5 million.")
+        int | None, _at_least(1, "Tokens written to learn from; default: at most 5 million.")
     ] = None,
     data: Annotated[Path | None, Parameter(help="Prompts to begin with (JSONL), instead of sampled ones.")] = None,
-    draft_vocabulary: Annotated[int, Parameter(help="Most frequent tokens a drafter can say; 0: all.")] = 8192,
-    length: Annotated[int, Parameter(help="Tokens a sequence.")] = 512,
-    batch: Annotated[int, Parameter(help="Sequences a step.")] = 64,
-    anchors: Annotated[int, Parameter(help="Places a sequence where each method drafts.")] = 48,
-    learning_rate: float = 1e-3,
+    draft_vocabulary: Annotated[int, _at_least(0, "Most frequent tokens a drafter can say; 0: all.")] = 8192,
+    length: Annotated[int, _at_least(1, "Tokens a sequence.")] = 512,
+    batch: Annotated[int, _at_least(1, "Sequences a step.")] = 64,
+    anchors: Annotated[int, _at_least(1, "Places a sequence where each method drafts.")] = 48,
+    learning_rate: Annotated[float, _at_least(0, "Peak of the schedule.")] = 1e-3,
     seed: int = 0,
     device: Annotated[str, Parameter(help="auto, cuda, xpu, mps or cpu.")] = "auto",
     out: Annotated[Path | None, Parameter(help="Folder of the drafters; default: where `run` finds them.")] = None,
-    stop_after: Annotated[float | None, Parameter(help="Seconds of training, to go on later.")] = None,
+    stop_after: Annotated[float | None, _at_least(0, "Seconds of training, to go on later.")] = None,
     restart: Annotated[bool, _flag("Forget an unfinished training with the same options.")] = False,
 ) -> int:
     """Make drafters for a model that has none, from text that the model itself writes."""
@@ -147,11 +160,7 @@ def make_plan(request: Request) -> Plan:
     from harness import host, weights
     from harness.plan import plan
 
-    device = host.choose_device(request.device)
-    try:
-        prompt_set = prompts.load(request.prompts, limit=request.limit)
-    except ValueError as error:  # its texts are meant for the user
-        raise UserError(str(error)) from error
+    device, prompt_set = host.choose_device(request.device), prompts.load(request.prompts, limit=request.limit)
     return plan(request, source=weights.resolve(request.model), device=device, prompt_set=prompt_set)
 
 
@@ -175,7 +184,8 @@ def measure(given: Mapping[str, Any]) -> Path:
     """`harness.run`: options by name to the directory of a finished run."""
     from harness.plan import read_request
 
-    request = read_request({name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    request = read_request(values, "harness.run")
     return carry_out(make_plan(request), request.out, [f"harness.run(**{dict(given)!r})"])
 
 
@@ -194,7 +204,8 @@ def _show_result(directory: Path) -> int:
     from reports import tables
 
     run = read_run(directory)
-    terminal.show_result(run, tables.rich_table(metrics.summary(run)))
+    rows = metrics.summary(run)
+    terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
     return 0 if any(row.outcome == "ok" for row in run.rows) else 1
 
 
@@ -203,5 +214,7 @@ def _toml(path: Path) -> dict[str, Any]:
         return {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
     except FileNotFoundError:
         raise UserError(f"no file {path}: give the path of a TOML file") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None

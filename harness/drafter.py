@@ -7,6 +7,7 @@ cache for this model, and what ships with the package for the default model. Not
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _named(option: str) -> Path:
     path = Path(option).expanduser()
     if path.exists():
         return path
-    if option.count("/") != 1:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", option):
         raise UserError(f"no drafter at {option}: give a .safetensors file, a directory or a hub id (org/name)")
     from huggingface_hub import snapshot_download
 
@@ -57,14 +58,20 @@ def write(path: Path, tensors: dict[str, Any], config: dict[str, Any], training:
 
 
 def metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config, training) of a checkpoint; of a directory, its config.json and no training."""
-    from safetensors import safe_open
+    """(config, training) of a checkpoint; of a directory, its config.json and no training.
+
+    Raises UserError for a file that is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     if path.is_dir():
         config = path / "config.json"
         return (json.loads(config.read_text()) if config.is_file() else {}), {}
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            stored = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"the drafter {path} is no safetensors file ({error}): name another") from None
     config_path = path.with_name("config.json")
     if "config" in stored:
         return json.loads(stored["config"]), json.loads(stored.get("training", "{}"))

@@ -17,6 +17,8 @@ import msgspec
 
 from harness.decode import Step
 from harness.errors import UserError
+from harness.metrics import depth_counts, first_difference
+from harness.results import append_line
 
 VERSION = 1
 NEAR_TIE = {"32": 2e-4, "16": 0.25}
@@ -105,20 +107,12 @@ def judge(reference: Sequence[int], text: Sequence[int], bits: str, gap: Gap) ->
     return Judgement("near-tie" if margin < NEAR_TIE[bits] else "DIVERGED", place, margin)
 
 
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Where two texts part; the shorter one's length if that is all; None where they are equal."""
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return place
-    return None if len(one) == len(other) else min(len(one), len(other))
-
-
 def acceptance(steps: Iterable[Step]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(drafted, accepted) by depth, as in a `Finding`."""
-    rounds = [(step.drafted_depth, step.accepted) for step in steps if step.drafted]
-    deepest = max((depth for depth, _ in rounds), default=0)
-    drafted = tuple(sum(depth > d and accepted >= d for depth, accepted in rounds) for d in range(deepest))
-    return drafted, tuple(sum(accepted > d for _, accepted in rounds) for d in range(deepest))
+    passes = [(step.drafted_depth, step.accepted) for step in steps if step.drafted]
+    deepest = max((depth for depth, _ in passes), default=0)
+    counts = [depth_counts(passes, depth) for depth in range(1, deepest + 1)]
+    return tuple(drafted for drafted, _ in counts), tuple(accepted for _, accepted in counts)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -127,10 +121,7 @@ def acceptance(steps: Iterable[Step]) -> tuple[tuple[int, ...], tuple[int, ...]]
 def append(path: Path, line: Line) -> None:
     """Add one line, durably: a run that is killed loses nothing that it had finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(line) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, line)
 
 
 def cut_torn_line(path: Path) -> None:

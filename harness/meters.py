@@ -51,6 +51,10 @@ class Gauges:
         """A counter that only grows."""
         return None
 
+    def other_processes(self) -> int:
+        """How many others compute on this device, as far as it tells."""
+        return 0
+
     def memory(self) -> Memory:
         return Memory(peak_rss_bytes=peak_rss_bytes())
 
@@ -76,6 +80,9 @@ class AcceleratorGauges(Gauges):
 
     def energy_joules(self) -> float | None:
         return None if self.nvml is None else self.nvml.energy_joules()
+
+    def other_processes(self) -> int:
+        return 0 if self.nvml is None else self.nvml.other_processes()
 
     def memory(self) -> Memory:
         peaks = torch.accelerator.memory
@@ -133,11 +140,17 @@ class Nvml:
 
     def process_bytes(self) -> int | None:
         """This process's memory, context included; None where the driver does not show it (other pid namespaces)."""
+        return next((process.usedGpuMemory for process in self._running() if process.pid == os.getpid()), None)
+
+    def other_processes(self) -> int:
+        """Processes beside this one, which has a context there, so one is ours whatever its number elsewhere."""
+        return max(0, len(self._running()) - 1)
+
+    def _running(self) -> list[Any]:
         try:
-            running = self.library.nvmlDeviceGetComputeRunningProcesses(self.handle)
+            return list(self.library.nvmlDeviceGetComputeRunningProcesses(self.handle))
         except self.library.NVMLError:
-            return None
-        return next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
+            return []
 
     def energy_joules(self) -> float | None:
         try:

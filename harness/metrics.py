@@ -14,11 +14,10 @@ from typing import Any, Literal
 import msgspec
 import pandas as pd
 
-from harness.results import Cell, Memory, Run, Trial
+from harness.results import BASELINE, Cell, Memory, Run, Trial
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
 
 GIB = 2**30
-BASELINE = "ar"
 REPEAT_NGRAM = 9
 SAME_MEMORY_SHARE = 0.005
 "peaks closer than this are the allocator's noise: no ratio is taken over so small an extra"
@@ -294,8 +293,8 @@ def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
     deepest = max((depth for depth, _ in passes), default=0)
     rows = []
     for depth in range(1, deepest + 1):
-        reached, accepted = _depth_counts(passes, depth)
-        each = [_depth_counts(counts, depth) for counts in by_prompt.values()]
+        reached, accepted = depth_counts(passes, depth)
+        each = [depth_counts(counts, depth) for counts in by_prompt.values()]
         rows.append(
             DepthAcceptance(
                 depth=depth,
@@ -309,7 +308,8 @@ def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
     return tuple(rows)
 
 
-def _depth_counts(passes: list[tuple[int, int]], depth: int) -> tuple[int, int]:
+def depth_counts(passes: Sequence[tuple[int, int]], depth: int) -> tuple[int, int]:
+    """(reached, accepted) at `depth`, counted from 1, over passes of (deepest drafted, accepted)."""
     reached = [accepted for drafted, accepted in passes if drafted >= depth and accepted >= depth - 1]
     return len(reached), sum(accepted >= depth for accepted in reached)
 

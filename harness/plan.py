@@ -20,14 +20,14 @@ import torch
 
 from harness import drafter, method, weights
 from harness.errors import UserError
-from harness.results import Cell, Outcome, Trial
+from harness.results import BASELINE, Cell, Outcome, Trial
 from harness.weights import Bits, ModelSource
 from prompts import Prompt, PromptSet
 
 DEFAULT_METHODS = "ar,s3d,medusa,eagle,layerskip,prompt-lookup,draft-model"
-BASELINE = "ar"
 RUNTIMES = ("eager",)
 PUBLISHABLE_ROUNDS = 3
+FEW_PROMPTS = 24
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 FindDrafter = Callable[[str, str | None, str], Path | None]
@@ -45,7 +45,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     limit: Positive | None = None
     max_new_tokens: Positive | None = None
     rounds: Positive | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: int = 0
     device: str = "auto"
@@ -83,6 +83,8 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a run will do: every cell decodes every turn in every round."""
+
     model: ModelSource
     prompt_set: PromptSet
     cells: tuple[Planned, ...]
@@ -108,6 +110,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def device(self) -> str:
         return self.cells[0].cell.device
+
+    @property
+    def drafters(self) -> dict[Path, str]:
+        """Trained weights that some cell needs, and the method that they are of."""
+        return {Path(one.drafter): one.cell.method for one in self.cells if one.drafter is not None}
+
+    def warnings(self) -> list[str]:
+        """Sentences on what a plan of this size cannot show."""
+        prompts, lines = len(self.prompt_set.prompts), []
+        if self.rounds < 2:
+            lines.append("One round: no interval over rounds can be given, and no method is ranked. Add --rounds 3.")
+        if prompts < FEW_PROMPTS:
+            lines.append(
+                f"{_count(prompts, 'prompt')}, fewer than {FEW_PROMPTS}: how fast a drafter is depends on the text, so "
+                "other prompts may rank the methods differently. `--prompts standard` has 96."
+            )
+        return lines
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +176,9 @@ def read_request(given: Mapping[str, Any], where: str = "the command line") -> R
         return msgspec.convert(values, Request)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at ")
-        raise UserError(f"{where}: {path.strip('`$.') or 'it'}: {problem[0].lower()}{problem[1:]}") from None
+        key = path.strip("`$.").partition("[")[0]
+        wanted = problem.replace("`int`", "a whole number").replace("`float`", "a number").replace("`", "")
+        raise UserError(f"{where}: {key}: {wanted[0].lower()}{wanted[1:]}, not {values.get(key)!r}") from None
 
 
 def specs(methods: str | Sequence[str | Mapping[str, Any]]) -> list[method.Spec]:
@@ -186,6 +207,10 @@ def _from_table(table: dict[str, Any]) -> method.Spec:
 
 def _listed(names: Any) -> str:
     return ", ".join(sorted(names))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _close(word: str, known: Any) -> str:
@@ -255,7 +280,7 @@ def _dtype_name(bits: Bits, device: str, dtype: str | None) -> str:
     if dtype is not None and dtype not in known:
         raise UserError(f"unknown dtype {dtype!r}{_close(dtype, known)}; it may be {_listed(known)}")
     named = None if dtype is None else getattr(torch, dtype)
-    return str(weights._compute_dtype(bits, device, named)).removeprefix("torch.")
+    return str(weights.compute_dtype(bits, device, named)).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -322,7 +347,8 @@ def _refuse_duplicates(cells: list[Planned]) -> None:
     for cell in (one.cell for one in cells):
         same = msgspec.json.encode(msgspec.structs.replace(cell, label="")).decode()
         if (other := seen.setdefault(same, cell)) is not cell:
-            raise UserError(f"{other.label!r} and {cell.label!r} in {cell.bits} are the same cell: name it once")
+            both = cell.label if cell.label == other.label else f"{other.label} and {cell.label}"
+            raise UserError(f"{both} in {cell.bits}: the same cell twice; name it once")
     for name, count in Counter(one.cell.id for one in cells).items():
         if count > 1:
             raise UserError(f"{count} cells would be called {name!r}: give their [[methods]] tables different labels")

@@ -1,7 +1,8 @@
 """What is made once before any cell runs, in a process of its own: `python -m harness.prepare RUN_DIRECTORY`.
 
-Fetches the model, checks that it can be decoded at all, writes the first answers that later turns follow (with plain
-`ar` at the highest precision, kept in the cache), and merges drafters into targets where a cell wants that.
+Fetches the model, checks that it can decode these prompts at all, writes the first answers that later turns follow
+(with plain `ar` at the highest precision, kept in the cache), merges drafters into targets where a cell wants that, and
+looks for what may mislead.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import msgspec
 import psutil
 import torch
 
-from harness import chat, child, dialogue, method, smollm2, weights
+from harness import chat, child, dialogue, drafter, meters, method, smollm2, weights
 from harness.decode import Limits, decode
 from harness.errors import UserError
 from harness.paths import cache_dir
 from harness.plan import Merge, Plan
 from harness.sampling import Sampler
 from harness.weights import Bits, LoadedModel, ModelSource
-from harness.worker import exact_float32, seat
+from harness.worker import encoded, exact_float32, seat
 
 Answers = dict[str, list[str]]
 
@@ -46,17 +47,21 @@ def prepare(directory: Path, emit: child.Emit) -> None:
     emit(child.Preparing(f"loading {plan.model.name}"))
     exact_float32()
     loaded = load_precisely(plan)
-    later = [prompt for prompt in plan.prompt_set.prompts if len(prompt.turns) > 1]
-    first = plan.prompt_set.prompts[0].turns[:1]
-    dialogue.encode(loaded.tokenizer, first, [], system=plan.system, raw=plan.raw)  # no chat template: say so now
+    later = any(len(prompt.turns) > 1 for prompt in plan.prompt_set.prompts)
+    refuse_what_does_not_fit(plan, loaded, {})  # at once, before answers that would not fit either are written
     kept = write_atomically(directory / "first_answers.json", cached_answers(plan, loaded, emit) if later else b"{}")
+    refuse_what_does_not_fit(plan, loaded, msgspec.json.decode(kept, type=Answers))
     merges = {one.cell.weights: one.merge for one in plan.cells if one.merge is not None and one.unsupported is None}
-    sources = {name: merged(plan.model, loaded.sha256, merge, emit) for name, merge in merges.items()}
+    sources = {
+        name: merged(plan.model, loaded.sha256, merge, emit, trust_remote_code=plan.trust_remote_code)
+        for name, merge in merges.items()
+    }
     emit(
         child.Prepared(
             weights_sha256=loaded.sha256,
             first_answers_sha256=hashlib.sha256(kept).hexdigest() if later else None,
             sources={"base": plan.model} | sources,
+            warnings=(*foreign_drafters(plan, loaded.sha256), *company(plan.device)),
         )
     )
 
@@ -77,21 +82,54 @@ def in_tenths(emit: child.Emit) -> smollm2.Progress:
 def load_precisely(plan: Plan) -> LoadedModel:
     """32 bits; 16 where the model would not fit an accelerator comfortably."""
 
-    def load(width: int) -> LoadedModel:
-        return weights.load(
-            plan.model, Bits.parse(str(width)), device=plan.device, trust_remote_code=plan.trust_remote_code
-        )
+    def load(bits: Bits) -> LoadedModel:
+        return weights.load(plan.model, bits, device=plan.device, trust_remote_code=plan.trust_remote_code)
 
     if plan.device == "cpu":
-        return load(32)
-    loaded = load(16)
-    return loaded if loaded.weight_bytes > memory_bytes(plan.device) / 4 else load(32)
+        return load(Bits(32))
+    loaded = load(Bits(16))
+    return loaded if loaded.weight_bytes > memory_bytes(plan.device) / 4 else load(Bits(32))
 
 
 def memory_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     return int(psutil.virtual_memory().total)
+
+
+def refuse_what_does_not_fit(plan: Plan, loaded: LoadedModel, answers: Answers) -> None:
+    """Raises UserError where a prompt and its answer are longer than the model can be, or cannot be encoded."""
+    longest = max(map(len, encoded(plan, loaded.tokenizer, answers).values()))
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + plan.max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest} tokens and {plan.max_new_tokens} new ones do not fit the {context} positions of "
+            f"{plan.model.name}: lower --max-new-tokens, or leave long prompts out"
+        )
+
+
+# --- what may mislead ------------------------------------------------------------------------------------------------
+
+
+def foreign_drafters(plan: Plan, weights_sha256: str) -> list[str]:
+    """A warning for each drafter whose metadata says that it was trained on other weights than these."""
+    lines = []
+    for path, name in plan.drafters.items():
+        _, training = drafter.metadata(path)
+        if training.get("weights_sha256", weights_sha256) != weights_sha256:
+            lines.append(
+                f"The {name} drafter {path.name} was trained for other weights ({training.get('model', 'unnamed')}) "
+                f"than those of {plan.model.name}: fewer of its tokens will be accepted. `python -m harness train "
+                f"--methods {name}` makes one for these."
+            )
+    return lines
+
+
+def company(device: str) -> list[str]:
+    """A warning where other processes compute on the accelerator that this one has a context on."""
+    count = meters.gauges(torch.device(device)).other_processes()
+    what = "another process was" if count == 1 else f"{count} other processes were"
+    return [f"As the run began, {what} on the GPU: speeds and free memory suffer. Wait for the end."] if count else []
 
 
 # --- first answers ---------------------------------------------------------------------------------------------------
@@ -133,17 +171,19 @@ def greedy(model: Any, prompt: list[int], limits: Limits) -> list[int]:
 # --- targets with a drafter merged into them --------------------------------------------------------------------------
 
 
-def merged(base: ModelSource, base_sha256: str, merge: Merge, emit: child.Emit) -> ModelSource:
+def merged(
+    base: ModelSource, base_sha256: str, merge: Merge, emit: child.Emit, *, trust_remote_code: bool = False
+) -> ModelSource:
     """A float32 checkpoint of the base plus the method's deltas, in the cache."""
-    drafter = Path(merge.drafter)
-    files = sorted(drafter.glob("*.safetensors")) if drafter.is_dir() else [drafter]
+    path = Path(merge.drafter)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     key = hashlib.sha256(f"{base_sha256} {merge.method} {weights.weights_sha256(files)}".encode()).hexdigest()[:32]
     directory = cache_dir() / "merged" / key
     if not directory.is_dir():
-        emit(child.Preparing(f"merging {drafter.name} into the target"))
-        loaded = weights.load(base, Bits.parse("32"), device="cpu")
+        emit(child.Preparing(f"merging {path.name} into the target"))
+        loaded = weights.load(base, Bits(32), device="cpu", trust_remote_code=trust_remote_code)
         parameters = dict(loaded.model.named_parameters())
-        for name, delta in method.find(merge.method).deltas(drafter).items():
+        for name, delta in method.find(merge.method).deltas(path).items():
             parameters[name if name in parameters else f"model.{name}"].data += delta
         partial = directory.with_name(f"{key}.{os.getpid()}.partial")
         loaded.model.save_pretrained(partial)

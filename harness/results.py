@@ -22,6 +22,9 @@ from harness.errors import UserError
 
 SCHEMA = 1
 
+BASELINE = "ar"
+"the method that every speed-up is measured against"
+
 Outcome = Literal["ok", "oom", "error", "unsupported", "killed"]
 
 
@@ -32,11 +35,12 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     options: dict[str, Any] = {}
     "the method's options, all of them, defaults filled in"
     label: str
-    "how the user wrote it: `s3d:k=4`; unique together with bits, weights, runtime and device"
+    "how the user wrote it: `s3d:k=4`; unique together with bits, dtype, weights, runtime and device"
     model: str
     bits: str
     "`32` | `16` | `int8:t6` | `nf4`: the outlier threshold is part of the identity"
     dtype: str
+    "what activations are computed in: `bfloat16`"
     weights: str = "base"
     "`base`, or what a method merged into the target (shared S3D): a different target with a baseline of its own"
     runtime: str = "eager"
@@ -47,13 +51,13 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     @property
     def id(self) -> str:
         """File-safe and unique within a run."""
-        text = "-".join((self.label, self.bits, self.weights, self.runtime, self.device))
+        text = "-".join((self.label, self.bits, self.dtype, self.weights, self.runtime, self.device))
         return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
 
     @property
-    def target(self) -> tuple[str, str, str, str, str]:
-        """Cells are comparable when this is equal: same model, weights, bits, runtime and device."""
-        return (self.model, self.weights, self.bits, self.runtime, self.device)
+    def target(self) -> tuple[str, str, str, str, str, str]:
+        """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime and device."""
+        return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +186,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     versions: dict[str, str] = {}
     training: list[Training] = []
     warnings: list[str] = []
+    "sentences: what keeps the figures from saying more, or from being trusted"
 
 
 @dataclass(frozen=True)
@@ -196,9 +201,18 @@ class Run:
 
 
 def append_trial(path: Path, trial: Trial) -> None:
-    """Append one line and make it durable before returning: a killed run loses nothing that was finished."""
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(trial) + b"\n")
+    """Append one line to a run's trials, durably."""
+    append_line(path, trial)
+
+
+def append_line(path: Path, value: msgspec.Struct) -> None:
+    """Append a JSON line and make it durable before returning: a killed run loses nothing that was finished.
+
+    What a killed writer left of its last line becomes a line of its own, which readers skip.
+    """
+    with path.open("a+b") as file:
+        torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * torn + msgspec.json.encode(value) + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

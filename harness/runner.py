@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,23 +26,31 @@ IDENTITY = (
 )
 """Fields of a manifest that must not change when a run goes on."""
 
-MACHINE = ("cpu", "threads", "devices")
+MACHINE = ("cpu", "threads", "torch_threads", "openmp", "devices")
 """Nor must these facts of the host: one run is one machine."""
 
 
 def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequence[str] = ()) -> Path:
     """Run the plan, or what is left of it, into `out` (default: a new directory in `out/`); the directory.
 
-    Raises UserError where `out` holds a run of another plan or the model cannot be decoded, and KeyboardInterrupt, with
-    the worker stopped, on Ctrl-C.
+    Raises UserError where `out` holds a run of another plan or cannot be written to or the model cannot be decoded, and
+    KeyboardInterrupt, with the worker stopped, on Ctrl-C.
     """
     directory = (out or default_directory(plan)).absolute()
-    manifest = _open(plan, directory, command)
-    prepared = _prepare(directory, on_event)
-    _record(directory, manifest, prepared)
+    try:
+        manifest = _open(plan, directory, command)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror}): give another --out") from error
+    contention = host.contention(plan.device)
+    prepared = _prepare(plan, directory, on_event)
     jobs = list(_jobs(plan, directory, prepared.sources))
     runnable = [job for job in jobs if plan.cells[job.cell].unsupported is None]
-    on_event(child.Left(sum(len(worker.missing(job, plan)) for job in runnable)))
+    left = sum(len(worker.missing(job, plan)) for job in runnable)
+    noticed = [*prepared.warnings, *(contention if left else [])]
+    _record(directory, manifest, prepared, [*plan.warnings(), *noticed])
+    for warning in noticed:
+        on_event(child.Warned(warning))
+    on_event(child.Left(left))
     for job in jobs:
         _work(job, plan, directory / "workers", on_event)
     return directory
@@ -66,7 +75,6 @@ def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
     elif directory.exists() and any(directory.iterdir()) and not (directory / "manifest.json").is_file():
         raise UserError(f"{directory} is not empty and holds no run: give another --out")
     (directory / "workers").mkdir(parents=True, exist_ok=True)
-    _end_line(directory / "trials.jsonl")
     (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
     write_manifest(directory, manifest)
     return manifest
@@ -91,7 +99,7 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         system=plan.system,
         raw=plan.raw,
         preliminary=plan.preliminary,
-        host=host.facts(),
+        host=host.facts(plan.device),
         versions=host.versions(),
         training=_training(plan),
     )
@@ -119,20 +127,16 @@ def _differences(begun: Manifest, now: Manifest) -> list[str]:
 
 def _training(plan: Plan) -> list[Training]:
     """What the drafters cost, where their checkpoints say so."""
-    found: dict[str, Training] = {}
-    for path, name in {one.drafter: one.cell.method for one in plan.cells if one.drafter is not None}.items():
-        _, cost = drafter.metadata(Path(path))
-        size = Path(path).stat().st_size
-        try:
-            found[path] = msgspec.convert(
-                {"method": name, "drafter": Path(path).name, "file_bytes": size} | cost, Training
-            )
-        except msgspec.ValidationError:  # somebody else's checkpoint, which says nothing about its training
-            continue
-    return list(found.values())
+    found = []
+    for path, name in plan.drafters.items():
+        _, cost = drafter.metadata(path)
+        told = {"method": name, "drafter": path.name, "file_bytes": path.stat().st_size} | cost
+        with suppress(msgspec.ValidationError):  # somebody else's checkpoint, which says nothing about its training
+            found.append(msgspec.convert(told, Training))
+    return found
 
 
-def _prepare(directory: Path, on_event: child.Emit) -> child.Prepared:
+def _prepare(plan: Plan, directory: Path, on_event: child.Emit) -> child.Prepared:
     said: list[child.Event] = []
 
     def listen(event: child.Event) -> None:
@@ -140,7 +144,7 @@ def _prepare(directory: Path, on_event: child.Emit) -> child.Prepared:
         on_event(event)
 
     log = directory / "workers" / "prepare.log"
-    child.run("harness.prepare", directory, log, listen)
+    child.run("harness.prepare", directory, log, listen, host.worker_environment(plan.device))
     match said[-1:]:
         case [child.Prepared() as prepared]:
             return prepared
@@ -149,13 +153,14 @@ def _prepare(directory: Path, on_event: child.Emit) -> child.Prepared:
     raise RuntimeError(f"the prepare step died; {log} ends with: {_last_line(log)}")
 
 
-def _record(directory: Path, manifest: Manifest, prepared: child.Prepared) -> None:
-    """Write down what the workers will use; a run that goes on must use the same."""
+def _record(directory: Path, manifest: Manifest, prepared: child.Prepared, warnings: Sequence[str]) -> None:
+    """Write down what the workers will use, and what to beware of; a run that goes on must use the same."""
     for name in ("weights_sha256", "first_answers_sha256"):
         before, now = getattr(manifest, name), getattr(prepared, name)
         if before not in (None, now):
             raise UserError(f"{directory} holds another run ({name} was {before}, now {now}): give another --out")
         setattr(manifest, name, now)
+    manifest.warnings = list(dict.fromkeys((*manifest.warnings, *warnings)))
     write_manifest(directory, manifest)
 
 
@@ -190,9 +195,8 @@ def _work(job: Job, plan: Plan, folder: Path, on_event: child.Emit) -> None:
     on_event(child.Started(planned.cell.label, planned.cell.bits, job.round, job.order, len(turns)))
     path, log = (folder / f"{job.cell}-{planned.cell.method}.round-{job.round}.{end}" for end in ("json", "log"))
     path.write_bytes(msgspec.json.encode(job))
-    status = child.run("harness.worker", path, log, on_event)
+    status = child.run("harness.worker", path, log, on_event, host.worker_environment(planned.cell.device))
     if status != 0:
-        _end_line(Path(job.trials))
         outcome, reason = _death(status, log)
         worker.fail(job, plan, worker.missing(job, plan), outcome, reason, on_event)
 
@@ -202,13 +206,6 @@ def _death(status: int, log: Path) -> tuple[Outcome, str]:
         return "error", f"the worker exited with {status}: {_last_line(log)}"
     hint = " (the system does that when memory runs out)" if status == -signal.SIGKILL else ""
     return "killed", f"killed by {signal.Signals(-status).name}{hint}"
-
-
-def _end_line(trials: Path) -> None:
-    """A writer may have died in the middle of a line: what comes next must not continue it."""
-    if trials.is_file() and (content := trials.read_bytes()) and not content.endswith(b"\n"):
-        with trials.open("ab") as file:
-            file.write(b"\n")
 
 
 def _last_line(log: Path) -> str:

@@ -34,20 +34,29 @@ PRELIMINARY = (
 
 
 def show_plan(plan: Plan) -> None:
-    table = Table(title=f"{plan.model.name} on {plan.device}", title_justify="left", pad_edge=False)
-    for header in ("method", "bits", "dtype", "weights", "runtime", ""):
+    """The cells, in columns only what tells them apart, and what each of them will do."""
+    cells = [one.cell for one in plan.cells]
+    told = {name: [str(getattr(cell, name)) for cell in cells] for name in ("bits", "dtype", "weights", "runtime")}
+    columns = {name: values for name, values in told.items() if len(set(values)) > 1}
+    if any(one.unsupported for one in plan.cells):
+        columns["note"] = ["unsupported" if one.unsupported else "" for one in plan.cells]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("method", *columns):
         table.add_column(header, overflow="fold")
-    for one in plan.cells:
-        cell, note = one.cell, "unsupported" if one.unsupported else ""
-        table.add_row(*map(Text, (cell.label, cell.bits, cell.dtype, cell.weights, cell.runtime, note)))
-    console = Console(highlight=False, markup=False)
-    console.print(table)
+    for row in zip((cell.label for cell in cells), *columns.values(), strict=True):
+        table.add_row(*map(Text, row))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{plan.model.name} on {plan.device}", style="bold")
+    console.print(table, soft_wrap=False)
     for label, reason in dict.fromkeys((one.cell.label, one.unsupported) for one in plan.cells if one.unsupported):
-        console.print(f"{label}: {reason}", soft_wrap=True)
+        console.print(f"{label}: {reason}")
+    alike = [f"{name} {values[0]}" for name, values in told.items() if name not in columns]
     how = "greedy" if plan.temperature == 0 else f"temperature {plan.temperature:g}, top-p {plan.top_p:g}"
+    prompts, turns = len(plan.prompt_set.prompts), len(list(plan.turns()))
+    console.print(f"every cell: {', '.join([*alike, how, f'up to {plan.max_new_tokens} new tokens'])}")
     console.print(
-        f"{len(plan.prompt_set.prompts)} prompts ({plan.prompt_set.name}), {len(list(plan.turns()))} turns, "
-        f"up to {plan.max_new_tokens} new tokens, {how}; rounds: {plan.rounds}, seed: {plan.seed}"
+        f"prompts: {prompts} ({plan.prompt_set.name}), turns: {turns}; rounds: {plan.rounds}; seed: {plan.seed}; "
+        f"trials: {len(cells) * turns * plan.rounds}"
     )
     if plan.preliminary:
         console.print(PRELIMINARY)
@@ -80,6 +89,8 @@ class Tally:
                 return f"{self._where()}: loading"
             case child.Decoded():
                 return self._decoded(event)
+            case child.Warned(warning):
+                return f"warning: {warning}"
         return None
 
     def _decoded(self, event: child.Decoded) -> str:
@@ -123,7 +134,10 @@ def progress(plan: Plan) -> Iterator[child.Emit]:
 
         def show(event: child.Event) -> None:
             now = time.monotonic()
-            if text := tally.take(event, now):
+            text = tally.take(event, now)
+            if text and isinstance(event, child.Warned):
+                bar.console.print(Text(text, "yellow"))
+            elif text:
                 total = tally.total or None
                 bar.update(task, description=text, completed=tally.done, total=total, left=tally.left(now))
 
@@ -175,11 +189,14 @@ def duration(seconds: float) -> str:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def show_result(run: Run, table: RenderableType) -> None:
-    console = Console(highlight=False)
+def show_result(run: Run, table: RenderableType, warnings: Sequence[str]) -> None:
+    """The table, what to beware of, and where the files are."""
+    console = Console(highlight=False, markup=False)
     console.print(table)
+    for warning in warnings:
+        console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
     if run.manifest.preliminary:
-        console.print(PRELIMINARY)
+        console.print(PRELIMINARY, soft_wrap=True)
     for name in ("report.html", "trials.jsonl"):
         print(run.directory / name)
 
@@ -188,24 +205,26 @@ def show_result(run: Run, table: RenderableType) -> None:
 
 
 def show_list(prompt_sets: Mapping[str, str]) -> None:
+    """What `run` can be asked for; `prompt_sets` by name, with a description each."""
     from harness import drafter, method, smollm2, trunk
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print("Methods (`--methods name:option=value:...`; lists with +)", style="bold")
+    console.print("Methods, with options and their defaults", style="bold")
+    console.print(Text("  as in `python -m harness run --methods ar,eagle:depth=4,layerskip:skip=10+12`"), style="dim")
     for name in method.installed():
         kind = method.find(name)
         source = f" [{kind.source}]" if kind.source else ""
         console.print(Text(f"  {name}: {kind.summary}{source}"))
         for option, (default, text) in options(kind).items():
-            console.print(Text(f"      {option}={default}  {text}"))
-    console.print("\nPrompt sets (`--prompts`)", style="bold")
+            console.print(Text(f"      {option}={default}").append(f"  {text}", "dim"))
+    console.print("\nPrompt sets, for `--prompts`", style="bold")
     for name, text in prompt_sets.items():
         console.print(Text(f"  {name}: {text}"))
-    console.print("  a JSONL file, or hf:org/name")
-    console.print("\nModels (`--model`)", style="bold")
+    console.print("  or the path of a JSONL file, or hf:org/name for a data set on the Hugging Face hub")
+    console.print("\nModels, for `--model`", style="bold")
     trained = [name for name in method.installed() if drafter.find(name, None, smollm2.LABEL) is not None]
-    console.print(Text(f"  {smollm2.LABEL}: the default; drafters: {', '.join(trained) or 'none'}"))
-    console.print(Text(f"  a hub id or a directory; architectures: {', '.join(sorted(trunk.ARCHITECTURES))}"))
+    console.print(Text(f"  {smollm2.LABEL}: the default; has drafters for {', '.join(trained) or 'nothing'}"))
+    console.print(Text(f"  or a hub id or a directory; architectures: {', '.join(sorted(trunk.ARCHITECTURES))}"))
 
 
 def options(kind: type[Method]) -> dict[str, tuple[str, str]]:
@@ -229,8 +248,15 @@ def _written(value: object) -> str:
 
 
 def show_checks(checks: Sequence[Check]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    """A line a check, and under it what to do."""
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(check.name) for check in checks)
     for check in checks:
-        mark = Text("ok", "green") if check.ok else Text("missing", "yellow")
-        table.add_row(mark, Text(check.name), Text(check.found), Text("" if check.ok else check.advice))
-    Console().print(table)
+        mark = ("ok     ", "green") if check.ok else ("missing", "red") if check.needed else ("-      ", "yellow")
+        console.print(Text.assemble(mark, f"  {check.name:{width}}  {check.found}"))
+        if not check.ok and check.advice:
+            console.print(Text(f"{'':9}{'':{width}}  {check.advice}", "dim"))
+    if wanting := [check.name for check in checks if check.needed and not check.ok]:
+        console.print(f"\nNot ready: see {', '.join(wanting)}.", style="red")
+    else:
+        console.print("\nReady: `python -m harness run` measures the default model here.", style="green")

@@ -20,7 +20,7 @@ from rich.text import Text
 from harness import chat, dialogue, host, lossless, method, prepare, weights
 from harness.decode import Limits, decode
 from harness.errors import UserError
-from harness.plan import Plan, Planned, Request, plan
+from harness.plan import DEFAULT_METHODS, Plan, Planned, plan, read_request
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.weights import Bits, LoadedModel, ModelSource
@@ -30,7 +30,7 @@ from prompts import Prompt, load
 
 def verify(
     *,
-    methods: str = "ar,s3d,medusa,eagle,layerskip,prompt-lookup,draft-model",
+    methods: str = DEFAULT_METHODS,
     prompts: str = "standard",
     limit: int | None = None,
     max_new_tokens: int = 128,
@@ -77,15 +77,16 @@ def verify(
     """
     if read:
         return show(*lossless.read(read))
-    request = Request(
-        methods=methods, bits=bits, model=model, max_new_tokens=max_new_tokens, system=system, raw=raw,
-        trust_remote_code=trust_remote_code,
+    request = read_request(
+        {
+            "methods": methods, "bits": bits, "max_new_tokens": max_new_tokens, "system": system, "raw": raw,
+            "trust_remote_code": trust_remote_code,
+        }
     )  # fmt: skip
-    try:
-        prompt_set = load(prompts, limit=limit)
-    except ValueError as error:  # its texts are meant for the user
-        raise UserError(str(error)) from error
+    prompt_set = load(prompts, limit=limit)
     planned = plan(request, source=weights.resolve(model), device=host.choose_device(device), prompt_set=prompt_set)
+    if len({one.cell.bits for one in planned.cells}) > 1:
+        raise UserError(f"one precision at a time, not {bits}: each has a file of findings of its own")
     mine = share(prompt_set.prompts, shard)
     path = out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl")
     console = Console(stderr=True, highlight=False, markup=False)
@@ -132,7 +133,9 @@ def _load(planned: Plan, source: ModelSource) -> LoadedModel:
 
 def _merged(planned: Plan, cells: Sequence[Planned], base_sha256: str) -> ModelSource:
     merge = next(one.merge for one in cells if one.merge is not None)
-    return prepare.merged(planned.model, base_sha256, merge, lambda _: None)
+    return prepare.merged(
+        planned.model, base_sha256, merge, lambda _: None, trust_remote_code=planned.trust_remote_code
+    )
 
 
 def _heading(planned: Plan, weights_sha256: str) -> lossless.Heading:

@@ -103,7 +103,7 @@ def resolve(model: str | None) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{model} has no config.json: give the directory that `save_pretrained` wrote")
+            raise UserError(f"{str(path)!r} has no config.json: give the directory that `save_pretrained` wrote")
         return ModelSource(path.resolve().name, str(path.resolve()), "local")
     if path.exists():
         raise UserError(f"{model} is a file: give the directory that holds it with its config.json")
@@ -140,7 +140,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     causal_lm: Any = AutoModelForCausalLM  # untyped: what it returns depends on output_loading_info
-    compute = _compute_dtype(bits, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    compute = compute_dtype(bits, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     directory = _directory(source, trust_remote_code)
     _refuse_what_is_no_causal_lm(source.name, directory, trust_remote_code)
     files = _weight_files(source.name, directory)
@@ -255,7 +255,8 @@ def _refuse_what_is_no_causal_lm(name: str, directory: Path, trust_remote_code: 
 # --- how they are loaded ---------------------------------------------------------------------------------------------
 
 
-def _compute_dtype(bits: Bits, device: str, dtype: torch.dtype | None) -> torch.dtype:
+def compute_dtype(bits: Bits, device: str, dtype: torch.dtype | None) -> torch.dtype:
+    """What activations are computed in: `dtype` where `bits` allow it. Raises UserError where they do not."""
     if bits.width == 32 and dtype not in (None, torch.float32):
         raise UserError(f"32 bits are float32, not {dtype}: choose --bits 16")
     if bits.width == 16 and dtype not in (None, torch.bfloat16, torch.float16):

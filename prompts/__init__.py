@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness.errors import UserError
 from prompts import hub
 from prompts.files import SUFFIXES, missing_file, read_file, stem_of
 from prompts.prompt import Prompt, PromptSet, take
@@ -29,10 +30,10 @@ def load(spec: str, *, limit: int | None = None) -> PromptSet:
 
     A file is JSON lines (.jsonl, .jsonl.gz) or parquet in any format of `prompts.formats`. `org/name` without `hf:`
     works where no local file or folder has that name. `limit` takes prompts in turns over the categories, always the
-    same ones. Raises ValueError, in one line that says what to do, for everything that a user can get wrong.
+    same ones. Raises UserError, in one line that says what to do, for everything that a user can get wrong.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"a limit of {limit} leaves no prompts; give 1 or more, or leave it out")
+        raise UserError(f"a limit of {limit} leaves no prompts; give 1 or more, or leave it out")
     found = _find(spec)
     if limit is None:
         return found
@@ -75,7 +76,7 @@ def _ours(set_name: str) -> PromptSet:
 def _from_hub(spec: str) -> PromptSet:
     parts = hub.split_id(spec)
     if parts is None:
-        raise ValueError(f"{spec!r} is no hub id; write hf:org/name or hf:org/name:FILE")
+        raise UserError(f"{spec!r} is no hub id; write hf:org/name or hf:org/name:FILE")
     repo, part = parts
     download = hub.fetch(repo, part)
     return PromptSet(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from harness.errors import UserError
 from prompts.prompt import Prompt
 
 
@@ -26,14 +27,14 @@ class Row(NamedTuple):
 def read(rows: Iterable[Row], *, stem: str) -> tuple[Prompt, ...]:
     """Prompts of any mixture of formats; `stem` names the category and the ids where a row does not.
 
-    Raises ValueError, in one line that names the row, where a row holds no prompt or repeats an id.
+    Raises UserError, in one line that names the row, where a row holds no prompt or repeats an id.
     """
     prompts: dict[str, Prompt] = {}
     seen_at: dict[str, str] = {}
     for row in rows:
         prompt = _prompt(row, stem=stem)
         if prompt.id in prompts:
-            raise ValueError(
+            raise UserError(
                 f"{row.where}: id {prompt.id!r} was used before, at {seen_at[prompt.id]}; give each prompt its own id"
             )
         prompts[prompt.id] = prompt
@@ -45,11 +46,11 @@ def _turns(where: str, value: object) -> tuple[str, ...]:
     """The turns of `turns` or of `prompt`: a list of texts, or one text."""
     turns = (value,) if isinstance(value, str) else value
     if not isinstance(turns, list | tuple) or not turns:
-        raise ValueError(f"{where}: no turns; give a list with at least one text")
+        raise UserError(f"{where}: no turns; give a list with at least one text")
     texts: list[str] = []
     for index, turn in enumerate(turns, start=1):
         if not isinstance(turn, str) or not turn.strip():
-            raise ValueError(f"{where}: turn {index} is {_kind(turn)}; every turn must be a text that says something")
+            raise UserError(f"{where}: turn {index} is {_kind(turn)}; every turn must be a text that says something")
         texts.append(turn)
     return tuple(texts)
 
@@ -58,11 +59,11 @@ def _user_turns(where: str, value: object) -> tuple[str, ...]:
     turns: list[object] = []
     for message in value if isinstance(value, list | tuple) else ():
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f'{where}: a message needs two fields, as in {{"role": "user", "content": "..."}}')
+            raise UserError(f'{where}: a message needs two fields, as in {{"role": "user", "content": "..."}}')
         if message["role"] == "user":
             turns.append(message["content"])
     if not turns:
-        raise ValueError(f'{where}: no message of the user; give "messages" at least one with the role "user"')
+        raise UserError(f'{where}: no message of the user; give "messages" at least one with the role "user"')
     return _turns(where, turns)
 
 
@@ -79,20 +80,20 @@ CATEGORY = "category"
 
 def _prompt(row: Row, *, stem: str) -> Prompt:
     if not isinstance(row.value, Mapping):
-        raise ValueError(f"{row.where}: {_kind(row.value)}, not a JSON object; write one object on each line")
+        raise UserError(f"{row.where}: {_kind(row.value)}, not a JSON object; write one object on each line")
     fields = {name: value for name, value in row.value.items() if value is not None}
     _reject_misspelt(row.where, fields)
     holder = next((name for name in TURNS if name in fields), None)
     if holder is None:
-        raise ValueError(
+        raise UserError(
             f"{row.where}: no prompt in the fields {_listed(fields)}; name the field that holds it {_listed(TURNS)}"
         )
     identity = next((fields[name] for name in IDS if name in fields), f"{stem}-{row.number:04d}")
     if isinstance(identity, bool) or not isinstance(identity, int | str) or identity == "":
-        raise ValueError(f"{row.where}: the id is {_kind(identity)}; it must be a text or a whole number")
+        raise UserError(f"{row.where}: the id is {_kind(identity)}; it must be a text or a whole number")
     category = fields.get(CATEGORY, stem)
     if not isinstance(category, str) or not category.strip():
-        raise ValueError(f"{row.where}: the category is {_kind(category)}; it must be a text, or leave the field out")
+        raise UserError(f"{row.where}: the category is {_kind(category)}; it must be a text, or leave the field out")
     return Prompt(id=str(identity), category=category, turns=TURNS[holder](row.where, fields[holder]))
 
 
@@ -101,7 +102,7 @@ def _reject_misspelt(where: str, fields: Mapping[str, object]) -> None:
     missing = [name for group in (IDS, (*TURNS,), (CATEGORY,)) if not fields.keys() & set(group) for name in group]
     for name in fields:
         if close := get_close_matches(name, missing, n=1, cutoff=0.85):
-            raise ValueError(f"{where}: unknown field {name!r}; did you mean {close[0]!r}?")
+            raise UserError(f"{where}: unknown field {name!r}; did you mean {close[0]!r}?")
 
 
 def _listed(names: Iterable[str]) -> str:

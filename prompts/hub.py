@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from harness.errors import UserError
 from prompts.files import SUFFIXES
 
 
@@ -25,7 +26,7 @@ def split_id(spec: str) -> tuple[str, str | None] | None:
 def fetch(repo: str, part: str | None) -> Download:
     """Download the file of `repo` that `part` names: a path, or words of one, such as `test` or `main/test`.
 
-    Raises ValueError, in one line, where the hub cannot be read or `part` does not name exactly one file.
+    Raises UserError, in one line, where the hub cannot be read or `part` does not name exactly one file.
     """
     hub = _client()
     try:
@@ -45,16 +46,16 @@ def fetch(repo: str, part: str | None) -> Download:
 
 
 def choose(files: list[str], *, repo: str, part: str | None) -> str:
-    """The one file that `part` names; ValueError lists the files where it names none or several."""
+    """The one file that `part` names; UserError lists the files where it names none or several."""
     if not files:
-        raise ValueError(f"{repo!r} has no JSONL or parquet file; download what it has and convert it to JSONL")
+        raise UserError(f"{repo!r} has no JSONL or parquet file; download what it has and convert it to JSONL")
     wanted = _words(part or "")
     fitting = [name for name in files if name == part] or [name for name in files if wanted <= _words(name)]
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join((fitting or files)[:6]) + (", ..." if len(fitting or files) > 6 else "")
     says = "several files" if fitting else f"no file {part!r}"
-    raise ValueError(f"{repo!r} has {says}; name one, as in hf:{repo}:{(fitting or files)[0]} (it has {listed})")
+    raise UserError(f"{repo!r} has {says}; name one, as in hf:{repo}:{(fitting or files)[0]} (it has {listed})")
 
 
 def _words(name: str) -> set[str]:
@@ -65,12 +66,12 @@ def _client() -> ModuleType:
     try:
         return importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
-        raise ValueError("prompts on the hub need `pip install huggingface_hub`, or give a JSONL file") from error
+        raise UserError("prompts on the hub need `pip install huggingface_hub`, or give a JSONL file") from error
 
 
-def _unreadable(repo: str, error: Exception) -> ValueError:
+def _unreadable(repo: str, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    return ValueError(
+    return UserError(
         f"cannot read {repo!r} from the Hugging Face hub ({reason}); "
         "check the name and the network, or download its file and give the path"
     )

@@ -142,7 +142,7 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "token_view": token_view(run, rows),
         "host": dict(_flat(run.manifest.host)),
         "plan": _plan(run),
-        "warnings": _warnings(run, rows),
+        "warnings": tables.warnings(run, rows),
     }
 
 
@@ -237,23 +237,6 @@ def _plan(run: Run) -> dict[str, str]:
         "first answers SHA-256": m.first_answers_sha256 or "none needed",
         "schema": str(m.schema),
     }
-
-
-def _warnings(run: Run, rows: Sequence[Row]) -> list[str]:
-    lines = list(run.manifest.warnings)
-    if run.skipped_lines:
-        lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
-    if failed := sum(row.trials_failed for row in rows):
-        lines.append(f"{failed} trials failed; they are counted nowhere and listed under the table.")
-    if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
-        lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
-    if run.manifest.rounds < 2:
-        lines.append("One round: no interval over rounds can be given, and no method is ranked. Add --rounds 3.")
-    if run.manifest.isolation != "round":
-        lines.append(
-            "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
-        )
-    return lines
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.metrics import GIB, Row, Verdict
-from harness.results import Cell
+from harness.results import Cell, Run
 from harness.stats import Interval
 
 if TYPE_CHECKING:
@@ -57,14 +57,15 @@ def record(row: Row, among: Sequence[Row]) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A GitHub table; what could be markup in a label stays text."""
+    """A GitHub table, and under it what failed and why; what could be markup in a label stays text."""
     records = table(rows)
     if not records:
         return "No cells.\n"
     headers = list(records[0])
     rule = ["---:" if header in NUMERIC else "---" for header in headers]
     lines = [[_markdown_text(text) for text in each.values()] for each in records]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (headers, rule, *lines))
+    below = "".join(f"- {_markdown_text(line)}\n" for line in failures(rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headers, rule, *lines)) + ("\n" + below if below else "")
 
 
 def rich_table(rows: Sequence[Row]) -> ByTarget:
@@ -79,7 +80,10 @@ class ByTarget:
     rows: tuple[Row, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
         yield from (_terminal_table(target, group, options.max_width) for target, group in grouped(self.rows))
+        yield from map(Text, failures(self.rows))
         if any(row.synthetic for row in self.rows):
             yield "Synthetic trials: these figures measure nothing."
 
@@ -119,6 +123,8 @@ def _terminal_record(row: Row) -> dict[str, str]:
 
 
 def _short_verdict(row: Row) -> str:
+    if not row.trials_ok:
+        return outcomes(row)
     told = row.verdict
     words = {"differs": "DIFFERS", "near_tie_not_excluded": "differs", "not_testable": "untestable"}
     words |= {"lossy_by_design": "lossy", "no_pairs": NOTHING}
@@ -138,8 +144,10 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def target_name(cell: Cell, among: Sequence[Cell]) -> str:
-    """Bits, and of weights, runtime, device and model what tells this target from the others."""
+    """Bits, and of dtype, weights, runtime, device and model what tells this target from the others."""
     parts = [bits_name(cell.bits)]
+    if len({other.dtype for other in among if other.bits == cell.bits}) > 1:
+        parts.append(cell.dtype)
     if cell.weights != "base":
         parts.append(f"weights {cell.weights}")
     parts += [
@@ -159,12 +167,34 @@ def bits_name(bits: str) -> str:
 
 def method(row: Row) -> str:
     notes = ["baseline"] * row.is_baseline + ["synthetic"] * row.synthetic
-    if row.trials_failed:
-        outcomes = ", ".join(outcome for outcome in row.outcomes if outcome != "ok")
-        notes.append(f"{row.trials_failed} of {row.trials_ok + row.trials_failed} trials failed: {outcomes}")
-    elif not row.trials_ok:
-        notes.append("not measured")
+    if row.trials_failed or not row.trials_ok:
+        notes.append(failed(row))
     return plain(row.cell.label) + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def outcomes(row: Row) -> str:
+    """What became of the trials that gave no number."""
+    return ", ".join(outcome for outcome in row.outcomes if outcome != "ok") or "not measured"
+
+
+def failed(row: Row) -> str:
+    """`1 of 4 failed: oom`; of a cell with nothing to show, what became of it."""
+    if not row.trials_ok:
+        return outcomes(row)
+    return f"{row.trials_failed} of {row.trials_ok + row.trials_failed} failed: {outcomes(row)}"
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each way in which a cell's trials failed."""
+    return [
+        plain(
+            f"{row.cell.label} in {target}: {failure.outcome}, {failure.trials} of "
+            f"{row.trials_ok + row.trials_failed} trials: {failure.reason or 'no reason recorded'}"
+        )
+        for target, group in grouped(rows)
+        for row in group
+        for failure in row.failures
+    ]
 
 
 def speedup(row: Row) -> str:
@@ -194,6 +224,8 @@ def acceptance(row: Row, depths: int = 5) -> str:
 
 
 def verdict(row: Row) -> str:
+    if not row.trials_ok:
+        return outcomes(row)
     told: Verdict = row.verdict
     if told.kind == "reference" and told.differing:
         return f"reference; {told.differing} of {told.answers} answers differ between its own rounds"
@@ -201,6 +233,22 @@ def verdict(row: Row) -> str:
     return _VERDICTS[told.kind].format(
         answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits)
     )
+
+
+def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
+    """What to beware of: as the run recorded it, and what its files show."""
+    lines = list(run.manifest.warnings)
+    if run.skipped_lines:
+        lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
+    if count := sum(row.trials_failed for row in rows):
+        lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
+    if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
+        lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
+    if run.manifest.isolation != "round":
+        lines.append(
+            "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
+        )
+    return lines
 
 
 def number(value: float | None, digits: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT / "docs" / "quick-cpu"
+"the run whose figures the README shows"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
@@ -46,20 +47,52 @@ def test_readme_commands_parse() -> None:
         app.parse_args(arguments.split(), print_error=False, exit_on_error=False)
 
 
-def test_readme_table_of_methods_is_the_programs_own() -> None:
-    """The table between the marks is what `reports.tables` and the methods themselves say."""
-    text = (ROOT / "README.md").read_text()
-    written = re.search(r"<!-- methods -->\n(.*?)<!-- end -->", text, re.DOTALL)
+@pytest.mark.parametrize("mark", ["methods", "results"])
+def test_readme_tables_are_the_programs_own(mark: str) -> None:
+    """What stands between the marks is what the methods, and the committed run, say of themselves."""
+    written = re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert written is not None
-    assert written[1].strip() == methods_table().strip(), "run `python tests/test_house.py` and paste what it prints"
+    assert written[1].strip() == made()[mark].strip(), "run `python tests/test_house.py`, which writes them anew"
 
 
-def methods_table() -> str:
+def test_readme_picture_is_made_from_the_committed_run() -> None:
+    points = (ROOT / "docs" / "speed-against-memory.svg").read_text()
+    for row in _rows():
+        assert row.cell.label in points
+
+
+def made() -> dict[str, str]:
+    """The README's generated parts."""
     from harness.method import find, installed
+    from reports import tables
 
-    rows = ["| method | what it does | source |", "|---|---|---|"]
-    rows += [f"| `{name}` | {find(name).summary} | {find(name).source} |" for name in installed()]
-    return "\n".join(rows)
+    methods = ["| method | what it does | source |", "|---|---|---|"]
+    methods += [f"| `{name}` | {find(name).summary} | {find(name).source} |" for name in installed()]
+    return {"methods": "\n".join(methods), "results": tables.markdown(_rows())}
+
+
+def _rows() -> list[Any]:
+    from harness.metrics import summary
+    from harness.results import read_run
+
+    return summary(read_run(RUN))
+
+
+def write_readme() -> None:
+    """Put the generated parts, and the picture, where they belong."""
+    from reports import charts
+
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for mark, content in made().items():
+        block = f"<!-- {mark} -->\n{content.strip()}\n<!-- end -->"
+        text = re.sub(rf"<!-- {mark} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    path.write_text(text)
+    chart = charts.scatter(_rows())
+    assert chart is not None
+    svg = charts.svg(chart, "readme", "Speed against memory", "Decode speed and peak memory of each method.")
+    alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1)
+    (ROOT / "docs" / "speed-against-memory.svg").write_text(alone)
 
 
 def test_the_decoder_that_contributing_shows_works(tmp_path: Path) -> None:
@@ -93,4 +126,4 @@ def test_no_weights_but_safetensors_and_none_too_large() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(methods_table() + "\n")
+    write_readme()

@@ -62,7 +62,7 @@ def train(
     specs = parse(settings.methods)
     if idle := [spec.name for spec in specs if not _trains(find(spec.name))]:
         raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
-    # Drafters keep float32 weights beside a bfloat16 target: torch's remark that their norms cannot be fused is no news.
+    # Drafters keep float32 weights beside a bfloat16 target; that their norms cannot be fused then is no news.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     torch.manual_seed(settings.seed)
     source = weights.resolve(settings.model)

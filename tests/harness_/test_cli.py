@@ -58,6 +58,12 @@ def test_report_needs_no_torch(tmp_path: Path) -> None:
         (("run", "--device", "gpu"), "choose auto, cuda"),
         (("run", "--model", "/nowhere/at/all"), "/nowhere/at/all"),
         (("run", "--config", "/nowhere.toml"), "no file /nowhere.toml"),
+        (("run", "--config", "/"), "cannot read /"),
+        (("run", "--methods", "ar", "--limit", "1", "--out", "/dev/null/x"), "give another --out"),
+        (("run", "--methods", "s3d:drafter=/nowhere"), "no drafter at /nowhere"),
+        (("train", "--batch", "0"), "--batch"),
+        (("verify", "--bits", "16,32"), "one precision at a time"),
+        (("verify", "--max-new-tokens", "-3"), "expected a whole number >= 1"),
         (("report", "/nowhere"), "is not a run"),
     ],
 )

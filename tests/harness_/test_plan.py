@@ -82,9 +82,9 @@ def test_a_baseline_of_weights_that_nothing_has_is_unsupported() -> None:
 
 
 def test_the_same_cell_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="'s3d' and 's3d:mode=gated' in 32 are the same cell"):
+    with pytest.raises(UserError, match="s3d and s3d:mode=gated in 32: the same cell twice"):
         planned(methods="s3d,s3d:mode=gated")
-    with pytest.raises(UserError, match="int8:t6 are the same cell"):
+    with pytest.raises(UserError, match="ar in int8:t6: the same cell twice"):
         planned(methods="ar", bits="8,8:t6")
 
 
@@ -134,6 +134,19 @@ def test_a_table_is_the_same_as_its_text() -> None:
     assert labelled.label == "mine"
 
 
+def test_a_small_plan_says_what_it_cannot_show() -> None:
+    one_round, few_prompts = planned(rounds=1).warnings()
+    assert one_round.startswith("One round")
+    assert few_prompts.startswith("2 prompts, fewer than 24")
+    assert planned(rounds=2).warnings() == [few_prompts]
+
+
+def test_cells_in_another_dtype_are_another_target() -> None:
+    half, brain = (planned(bits="16", dtype=name, device="cuda").cells[0].cell for name in ("float16", "bfloat16"))
+    assert half.target != brain.target
+    assert half.id != brain.id
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -142,9 +155,10 @@ def test_a_table_is_the_same_as_its_text() -> None:
         ({"methods": [{"name": "s3d", "kep": [3, 7]}]}, "did you mean 'keep'"),
         ({"methods": [{"k": 4}]}, "needs a name"),
         ({"methods": []}, "no method named"),
-        ({"rounds": 0}, "rounds: expected `int` >= 1"),
+        ({"rounds": 0}, "rounds: expected a whole number >= 1, not 0"),
         ({"limit": "many"}, "limit: expected"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 0.0}, "top_p: expected a number > 0.0, not 0.0"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"runtime": "graph"}, "no runtime 'graph': there is eager"),
         ({"dtype": "float61"}, "did you mean 'float16'"),
         ({"dtype": "float16"}, "choose --bits 16"),

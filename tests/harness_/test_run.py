@@ -120,12 +120,16 @@ def test_the_manifest_says_what_and_where(desk: Desk) -> None:
     assert manifest.preliminary
     assert len(manifest.weights_sha256 or "") == len(manifest.first_answers_sha256 or "") == 64
     assert manifest.host["memory_bytes"] > 0
+    assert manifest.host["torch_threads"] == 1
+    assert any(line.startswith("One round") for line in manifest.warnings)
     assert {"spec-harness", "torch", "transformers"} <= set(manifest.versions)
 
 
 def test_plan_progress_and_result_are_shown(desk: Desk) -> None:
     assert "unfit: cannot run in 32 bits" in desk.stdout
     assert "Preliminary" in desk.stdout
+    assert "warning: One round" in desk.stdout
+    assert "unsupported, 4 of 4 trials: cannot run in 32 bits" in desk.stdout.replace("\n", " ")
     assert str(desk.folder / "run" / "report.html") in desk.stdout
     assert (desk.folder / "run" / "report.html").stat().st_size > 1000
     assert "prompt 4/4" in desk.stderr
@@ -159,6 +163,7 @@ def test_python_gives_the_same_run(desk: Desk, monkeypatch: pytest.MonkeyPatch) 
     _, environment = command(desk.folder, "again")
     monkeypatch.setenv("HARNESS_CACHE", environment["HARNESS_CACHE"])
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.setattr("torch.get_num_threads", lambda: desk.run.manifest.host["torch_threads"])
     monkeypatch.syspath_prepend(desk.folder / "stranger")
     method.installed.cache_clear()
     done = harness.run(

@@ -12,7 +12,7 @@ import tiny_chat
 import torch
 
 import prompts
-from harness import child, dialogue, drafter, meters, prepare, runner, weights, worker
+from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
 from harness.plan import Job, Plan, plan, read_request
 from harness.results import Trial, append_trial, read_trials
@@ -161,7 +161,7 @@ def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(module: str, argument: Path, log: Path, on_event: child.Emit) -> int:
+    def refuse(module: str, argument: Path, log: Path, on_event: child.Emit, environment: object) -> int:
         on_event(child.Refused("add --raw"))
         return 2
 
@@ -172,6 +172,42 @@ def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monke
     (ready.directory / "refused" / "trials.jsonl").touch()
     with pytest.raises(UserError, match="raw was True, now False"):
         runner.execute(ready.plan, ready.directory / "refused", lambda event: None)
+
+
+def test_a_drafter_of_other_weights_is_a_warning(ready: Ready, tmp_path: Path) -> None:
+    path = tmp_path / "s3d.safetensors"
+    drafter.write(path, {"a": torch.zeros(1)}, {}, {"model": "another", "weights_sha256": "0" * 64})
+    cells = tuple(msgspec.structs.replace(one, drafter=str(path)) for one in ready.plan.cells[:1])
+    foreign = msgspec.structs.replace(ready.plan, cells=cells)
+    (warning,) = prepare.foreign_drafters(foreign, "1" * 64)
+    assert "s3d.safetensors was trained for other weights (another)" in warning
+    assert prepare.foreign_drafters(foreign, "0" * 64) == []
+
+
+def test_a_text_longer_than_the_model_is_refused_before_anything_is_decoded(ready: Ready) -> None:
+    loaded = prepare.load_precisely(ready.plan)
+    endless = msgspec.structs.replace(ready.plan, max_new_tokens=10**6)
+    with pytest.raises(UserError, match="lower --max-new-tokens"):
+        prepare.refuse_what_does_not_fit(endless, loaded, {})
+
+
+def test_half_a_line_is_not_continued(tmp_path: Path, ready: Ready) -> None:
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(b'{"schema": 1, "ru')
+    append_trial(path, ready.job("ar").row(ready.plan, next(ready.plan.turns()), "killed"))
+    torn, whole = read_trials(path)
+    assert torn is None
+    assert whole is not None
+
+
+@pytest.mark.parametrize("setting", host.SPIN_SETTINGS)
+def test_the_users_own_openmp_settings_stay(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in host.SPIN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert host.worker_environment("cpu").keys() == {"GOMP_SPINCOUNT"}
+    assert host.worker_environment("cuda") == {}
+    monkeypatch.setenv(setting, "7")
+    assert host.worker_environment("cpu") == {}
 
 
 def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def test_hostile_text_stays_text() -> None:
 
 def test_hostile_labels_break_no_markdown_table_and_no_terminal() -> None:
     rows = summary(hostile_run())
-    for line in markdown(rows).splitlines():
+    lines = markdown(rows).splitlines()
+    assert sum(line.startswith("- ") for line in lines) == 1, "the failure, under the table"
+    for line in (line for line in lines if line.startswith("|")):
         assert len(re.findall(r"(?<!\\)\|", line)) == len(table(rows)[0]) + 1
     assert not re.search(r"(?<!\\)<", markdown(rows))
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -287,7 +289,17 @@ def placed(of: Run, directory: Path) -> Run:
 def test_skipped_lines_and_failures_are_told() -> None:
     words = Page(render([run(trial(cell("ar")), failed(cell("ar"), prompt_id="p9"), skipped_lines=2)])).words
     assert "2 lines of trials.jsonl could not be read" in words
-    assert "1 of 2 failed" in words
+    assert "1 of 2 failed: oom" in words
+
+
+def test_a_cell_without_figures_says_why_everywhere() -> None:
+    rows = summary(run(trial(cell("ar")), failed(cell("eagle"), "unsupported", "no trained drafter")))
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(rich_table(rows))
+    line = "eagle in 32 bits: unsupported, 1 of 1 trials: no trained drafter"
+    assert line in console.export_text()
+    assert f"- {line}" in markdown(rows)
+    assert table(rows)[1]["identical to the target?"] == "unsupported"
 
 
 def test_rendering_never_imports_torch() -> None:
