@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from harness.verify import Typical, Verdict
 
 GROUP = "harness.methods"
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,7 +176,9 @@ def configure(name: str, given: Mapping[str, Any], *, label: str | None = None) 
     try:
         checked = msgspec.convert(values, options, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
-        raise UserError(f"method {name!r}: {error}; `python -m harness list` shows its options") from None
+        what, _, where = str(error).partition(" - at `$.")
+        option = f", option {where.rstrip('`')}" if where else ""
+        raise UserError(f"method {name!r}{option}: {what}; `python -m harness list` shows its options") from None
     written = label or ":".join((name, *(f"{option}={_text(value)}" for option, value in given.items())))
     return Spec(name, msgspec.to_builtins(checked), written)
 

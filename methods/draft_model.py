@@ -17,7 +17,7 @@ from harness import drafter as checkpoint
 from harness.attention import FreshView
 from harness.draft import Draft, Drawn, chain
 from harness.lesson import Distilled, Lesson
-from harness.method import Method, Options
+from harness.method import Method, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk, cut_model
@@ -25,13 +25,13 @@ from harness.verify import Verdict
 
 
 class DraftModelOptions(Options, frozen=True, kw_only=True):
-    gamma: int = 4
+    gamma: Positive = 4
     "tokens drafted a round"
     drafter: str | None = None
     "a checkpoint of `harness train`, or a whole causal language model (directory or hub id)"
-    layers: int = 2
+    layers: Positive = 2
     "training: decoder layers"
-    intermediate: int | None = None
+    intermediate: Positive | None = None
     "training: width of the MLPs; default: half the target's"
 
 
@@ -51,8 +51,6 @@ class DraftModel(Method):
     @classmethod
     def load(cls, target: Target, options: DraftModelOptions, drafter: Path | None, sampler: Sampler) -> DraftModel:
         assert drafter is not None
-        if options.gamma < 1:
-            raise ValueError(f"draft-model needs gamma >= 1, not {options.gamma}")
         config, _ = checkpoint.metadata(drafter)
         if "layers" not in config:
             draft = target.companion(drafter)

@@ -23,7 +23,7 @@ from harness.attention import CacheView, View, attend, rotary, rotate
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, chain, dynamic_tree
 from harness.lesson import Distilled, Lesson
-from harness.method import Method, Options
+from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk
@@ -31,11 +31,11 @@ from harness.verify import Verdict
 
 
 class EagleOptions(Options, frozen=True, kw_only=True):
-    depth: int = 5
+    depth: Positive = 5
     "tokens of a chain, or depth of the tree"
-    nodes: int = 0
+    nodes: Natural = 0
     "size of the dynamic tree (EAGLE-2's 59); 0 drafts a chain"
-    branch: int = 8
+    branch: Positive = 8
     "tree: children tried a leaf, and leaves kept a step"
     drafter: str | None = None
     "checkpoint: file, directory or hub id"
@@ -128,8 +128,6 @@ class Eagle(Method):
     @classmethod
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
-        if options.depth < 1 or options.nodes < 0 or options.branch < 1:
-            raise ValueError("eagle needs depth >= 1, branch >= 1 and nodes >= 0 (0 drafts a chain)")
         layer, head, taps = load_layer(drafter, target.trunk)
         return cls(target, layer.to(target.device, target.trunk.dtype), head, taps, options, sampler)
 

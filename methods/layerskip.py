@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from harness.draft import Draft, Drawn, chain
-from harness.method import Method, Options
+from harness.method import Method, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import Layers
@@ -27,7 +27,7 @@ class LayerSkipOptions(Options, frozen=True, kw_only=True):
     "layers whose attention is skipped"
     skip_mlp: tuple[int, ...] = ()
     "layers whose MLP is skipped"
-    gamma: int = 8
+    gamma: Positive = 8
     "tokens drafted at most"
     threshold: float | None = None
     "draft on while the draft's top probability is at least this; default: adaptive, from 0.8"
@@ -53,8 +53,6 @@ class LayerSkip(Method):
 
     @classmethod
     def load(cls, target: Target, options: LayerSkipOptions, drafter: Path | None, sampler: Sampler) -> LayerSkip:
-        if options.gamma < 1:
-            raise ValueError(f"layerskip needs gamma >= 1, not {options.gamma}")
         skip = default_skip(target.depth) if options.skip is None else options.skip
         named = {*skip, *options.skip_attention, *options.skip_mlp}
         if any(not 0 <= layer < target.depth for layer in named):

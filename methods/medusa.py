@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harness import drafter as checkpoint
 from harness.draft import Draft, RankedTree, best_paths
 from harness.lesson import Distilled, Lesson
-from harness.method import Method, Options
+from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk
@@ -28,11 +28,11 @@ from harness.verify import Typical, Verdict
 
 
 class MedusaOptions(Options, frozen=True, kw_only=True):
-    nodes: int = 24
+    nodes: Natural = 24
     "size of the static tree; 0 drafts a chain of the heads' best guesses"
-    heads: int | None = None
+    heads: Positive | None = None
     "heads used; default: all that the checkpoint has (training: 4)"
-    blocks: int = 2
+    blocks: Positive = 2
     "training: residual blocks a head"
     acceptance: Literal["exact", "typical"] = "exact"
     "typical: the paper's lossy rule, for temperatures above 0"
@@ -80,8 +80,6 @@ class Medusa(Method):
     @classmethod
     def load(cls, target: Target, options: MedusaOptions, drafter: Path | None, sampler: Sampler) -> Medusa:
         assert drafter is not None
-        if options.nodes < 0 or (options.heads is not None and options.heads < 1):
-            raise ValueError("medusa needs nodes >= 0 (0 drafts a chain) and heads >= 1")
         if options.acceptance == "typical" and sampler.greedy:
             raise ValueError("typical acceptance compares probabilities: give `--temperature` above 0 or drop it")
         tensors = checkpoint.tensors(drafter)

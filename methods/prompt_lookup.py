@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.draft import Draft, nothing, point_chain
-from harness.method import Method, Options
+from harness.method import Method, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Target
 
 
 class PromptLookupOptions(Options, frozen=True, kw_only=True):
-    gamma: int = 8
+    gamma: Positive = 8
     "tokens copied at most"
-    ngram: int = 3
+    ngram: Positive = 3
     "longest suffix looked up; shorter ones are tried after it"
 
 
@@ -32,8 +32,6 @@ class PromptLookup(Method):
 
     @classmethod
     def load(cls, target: Target, options: PromptLookupOptions, drafter: Path | None, sampler: Sampler) -> PromptLookup:
-        if options.gamma < 1 or options.ngram < 1:
-            raise ValueError("prompt-lookup needs gamma >= 1 and ngram >= 1")
         return cls(target, options)
 
     @property

@@ -24,22 +24,22 @@ from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, RankedTree, best_paths, chain
 from harness.lesson import Distilled, Lesson, distil
-from harness.method import Method, Options
+from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.trunk import DraftHead, Layers, Trunk
 
 
 class S3DOptions(Options, frozen=True, kw_only=True):
-    k: int | None = None
+    k: Natural | None = None
     "mask tokens, so gamma = k + 1 tokens are drafted; default: as many as were trained"
     keep: tuple[int, int] | None = None
     "layers that draft, front+back (a checkpoint is trained for one choice, its default)"
     mode: Literal["gated", "shared"] = "gated"
     "gated: frozen target, LoRA in the draft pass; shared: the LoRA merged into the target"
-    nodes: int = 0
+    nodes: Natural = 0
     "size of a static tree of each slot's best guesses, verified at once; 0 drafts the paper's chain"
-    rank: int = 64
+    rank: Positive = 64
     "training: rank of the LoRA"
     drafter: str | None = None
     "checkpoint: file, directory or hub id"
@@ -97,7 +97,7 @@ class S3D(Method):
             raise ValueError(f"this s3d drafter was trained to draft with layers {front}+{back}: drop `keep`")
         masks_KD = tensors.pop("masks").to(target.device, target.trunk.dtype)
         k = masks_KD.shape[0] if options.k is None else options.k
-        if not 0 <= k <= masks_KD.shape[0]:
+        if k > masks_KD.shape[0]:
             raise ValueError(f"this s3d drafter has {masks_KD.shape[0]} mask tokens: k={k} is out of range")
         layers = Layers.ends(front, back, target.depth)
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
@@ -106,8 +106,6 @@ class S3D(Method):
             lora = LoRA(target.trunk, layers.indices, config["rank"])
             lora.load_state_dict(tensors)
             lora.to(target.device, target.trunk.dtype)
-        if options.nodes < 0:
-            raise ValueError("s3d needs nodes >= 0 (0 drafts a chain)")
         guesses = None
         if options.nodes:
             accuracy = checkpoint.rank_accuracy(config, k + 1)
