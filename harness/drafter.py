@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.paths import cache_dir
+from harness.paths import cache_dir, save_tensors
 
 SHIPPED = Path(__file__).resolve().parent.parent / "methods" / "drafters"
 
@@ -49,12 +49,7 @@ def _named(option: str) -> Path:
 
 def write(path: Path, tensors: dict[str, Any], config: dict[str, Any], training: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"config": json.dumps(config), "training": json.dumps(training)})
-    partial.replace(path)
+    save_tensors(path, tensors, {"config": json.dumps(config), "training": json.dumps(training)})
 
 
 def metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import torch
 
-from harness import chat, drafter, weights
+from harness import chat, drafter, meters, weights
 from harness.errors import UserError
 from harness.method import Method, Spec, find, options_of, parse
-from harness.paths import cache_dir
+from harness.paths import cache_dir, save_tensors
 from harness.train import corpus as corpora
-from harness.train.loop import Classroom, Pupil, Recipe, Report, draft_vocabulary, load_state, save_state
+from harness.train.loop import Classroom, Pupil, Recipe, Report, draft_vocabulary
 from harness.trunk import Trunk
 
 
@@ -38,6 +38,10 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     out: Path | None = None
+
+    def recipe(self) -> dict[str, str]:
+        """What decides the weights: all but where they are made and put."""
+        return {key: str(value) for key, value in asdict(self).items() if key not in ("out", "device")}
 
 
 class Narrator(Protocol):
@@ -69,8 +73,6 @@ def train(
     bits = weights.Bits(32 if settings.device == "cpu" else 16)
     loaded = weights.load(source, bits, device=settings.device)
     trunk = Trunk(loaded.model)
-    for parameter in loaded.model.parameters():
-        parameter.requires_grad_(False)
     end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
     corpus = corpora.make(
         trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
@@ -84,11 +86,11 @@ def train(
     room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
     unfinished = _unfinished(settings, loaded.sha256)
     if unfinished.is_file() and not restart:
-        room.resume(load_state(unfinished))
+        room.resume(drafter.tensors(unfinished))
         narrator.stage(f"going on from step {room.step} of {room.steps}", room.step / room.steps)
     finished = room.run(
         on_report=narrator.report,
-        save=lambda: save_state(unfinished, room.state()),
+        save=lambda: save_tensors(unfinished, room.state()),
         stop_after_seconds=stop_after_seconds,
     )
     if not finished:
@@ -120,8 +122,7 @@ def _first_turns(data: Path | None) -> list[str] | None:
 
 
 def _unfinished(settings: Settings, identity: str) -> Path:
-    told = {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "device")}
-    key = hashlib.sha256(json.dumps([identity, told], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([identity, settings.recipe()], sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "unfinished" / f"{key}.safetensors"
 
 
@@ -140,7 +141,7 @@ def _write(
             "file_bytes": sum(tensor.nbytes for tensor in tensors.values()),
             "model": model,
             "weights_sha256": identity,
-            "recipe": {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "device")},
+            "recipe": settings.recipe(),
         }
         drafter.write(path, tensors, config, training)
         paths.append(path)
@@ -152,7 +153,7 @@ def _cost(room: Classroom, pupil: Pupil, spec: Spec, tau: float) -> dict[str, An
     peaks = [room.shared.peak_allocated_bytes, pupil.cost.peak_allocated_bytes]
     return {
         "method": spec.name,
-        "device": corpora.device_name(room.trunk.device),
+        "device": meters.device_name(room.trunk.device),
         "tokens_seen": room.steps * min(room.recipe.batch, room.train_R.numel()) * room.length,
         "data_tokens": room.corpus.tokens,
         "steps": room.steps,

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness import meters
 from harness.attention import CacheView
 from harness.errors import UserError
-from harness.paths import cache_dir
+from harness.paths import cache_dir, save_tensors
 from harness.sampling import Sampler
 from harness.trunk import Trunk
 
@@ -187,24 +188,16 @@ def make(
         )
         parts.append(written)
     ids_RT, greedy_RT = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, device_name(trunk.device))
+    corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, meters.device_name(trunk.device))
     save(path, corpus)
     return corpus
 
 
 def save(path: Path, corpus: Corpus) -> None:
     """Write a corpus atomically; ids as 16 bits where they fit."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     ids = corpus.ids_RT.to(torch.uint16 if int(corpus.ids_RT.max()) < 2**16 else torch.int32)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {"ids": ids, "greedy": corpus.greedy_RT.to(torch.uint8)},
-        partial,
-        {"seconds": str(corpus.seconds), "device": corpus.device},
-    )
-    partial.replace(path)
+    tensors = {"ids": ids, "greedy": corpus.greedy_RT.to(torch.uint8)}
+    save_tensors(path, tensors, {"seconds": str(corpus.seconds), "device": corpus.device})
 
 
 def read(path: Path) -> Corpus:
@@ -215,8 +208,3 @@ def read(path: Path) -> Corpus:
         metadata = file.metadata()
         ids, greedy = file.get_tensor("ids"), file.get_tensor("greedy")
     return Corpus(ids.long(), greedy.bool(), float(metadata["seconds"]), metadata["device"])
-
-
-def device_name(device: torch.device) -> str:
-    """What people call the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -348,19 +347,3 @@ def _cost_tensor(cost: Cost) -> Tensor:
 def _cost_from(tensor: Tensor) -> Cost:
     seconds, flops, peak = tensor.tolist()
     return Cost(seconds, flops, None if peak < 0 else int(peak))
-
-
-def save_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a `state` atomically."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote."""
-    from safetensors.torch import load_file
-
-    return load_file(path)

@@ -13,8 +13,9 @@ from tiny import tiny
 from harness import chat, drafter, method, weights
 from harness.cli import main
 from harness.errors import UserError
+from harness.paths import save_tensors
 from harness.train import corpus
-from harness.train.loop import Classroom, Recipe, draft_vocabulary, load_state, novelty, places, save_state
+from harness.train.loop import Classroom, Recipe, draft_vocabulary, novelty, places
 from harness.trunk import Trunk
 
 TRAINED = ("s3d:keep=1+2:k=2:rank=4", "medusa:heads=2", "eagle:depth=2", "draft-model:layers=1")
@@ -134,9 +135,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
         whole.advance()
     for _ in range(3):
         half.advance()
-    save_state(tmp_path / "state.safetensors", half.state())
+    save_tensors(tmp_path / "state.safetensors", half.state())
     later = classroom(loaded, text)
-    later.resume(load_state(tmp_path / "state.safetensors"))
+    later.resume(drafter.tensors(tmp_path / "state.safetensors"))
     for _ in range(3):
         later.advance()
     for name, pupil in whole.pupils.items():
