@@ -217,7 +217,6 @@ def _findings(
         target, decoder = seat(loaded.model, spec, drafter, sampler, room)
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(f"{cell.label}: {error}") from error
-    target.tap(decoder.taps)
     scale = Float64(target)
     for ref in references:
         _, *steps = rounds = list(decode(target, decoder, ref.prompt_tokens, limits, sampler))

@@ -174,7 +174,6 @@ def set_up(job: Job, plan: Plan) -> Bench:
         target, decoder = seat(loaded.model, spec, drafter, sampler, room)
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(str(error)) from error
-    target.tap(decoder.taps)
     gauges = meters.gauges(target.device)
     limits = Limits(plan.max_new_tokens, chat.end_ids(loaded.model, loaded.tokenizer))
     load_bytes = gauges.allocated_bytes()
@@ -184,13 +183,14 @@ def set_up(job: Job, plan: Plan) -> Bench:
 
 
 def seat(model: Any, spec: method.Spec, drafter: Path | None, sampler: Sampler, room: int) -> tuple[Target, Method]:
-    """The method on a target whose cache holds `room` tokens and the slots that a round of the method reaches."""
+    """The method on a target that gives its taps, with a cache for `room` tokens and what a round reaches beyond."""
     kind, options = method.find(spec.name), method.options_of(spec)
     spare = SPARE_SLOTS
     while True:
         target = Target(model, capacity=room + spare)
         decoder = kind.load(target, options, drafter, sampler)
         if decoder.reach <= spare:
+            target.tap(decoder.taps)
             return target, decoder
         spare = decoder.reach
 
