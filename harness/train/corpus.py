@@ -1,8 +1,9 @@
 """Text to learn from, written by the target itself: dialogues with sampled user turns and greedy answers.
 
-No data set is needed, and what a drafter sees is what it will have to guess: the target's own greedy answers. All
-sequences are written in lockstep, one token of each a step, so nothing is padded. A file of prompts gives the first
-user turns instead where the user has one. Shapes: B sequences, T tokens.
+No data set is needed, and what a drafter sees is what it will have to guess: the target's own greedy answers. Every
+second dialogue starts with a few words of a request (`harness.train.openings`), the others are the model's from the
+first word. A file of prompts gives the first user turns instead where the user has one. All sequences are written in
+lockstep, one token of each a step, so nothing is padded. Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from harness.attention import CacheView
 from harness.errors import UserError
 from harness.paths import cache_dir, save_tensors
 from harness.sampling import Sampler
+from harness.train.openings import openings
 from harness.trunk import Trunk
 
 USER_TURN = 96
 "longest sampled user turn, tokens"
+USER_TEMPERATURE = 0.8
+"of the sampled user turns: at 1 a small model's are often no language at all"
 ANSWER = 128
 "longest greedy answer, tokens: a small model's greedy text repeats itself when it goes on"
 
@@ -81,29 +85,33 @@ def write(
     length: int,
     seed: int,
     first_turns: Sequence[Sequence[int]] | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor]:
     """Write `sequences` dialogues of `length` tokens at once: (ids_BT, greedy_BT), on the CPU.
 
-    `first_turns` are token ids of user turns to begin with, repeated as often as needed.
+    `first_turns` are token ids of user turns to begin with, `begun` those of first turns that the model goes on with in
+    every second dialogue; both are repeated as often as needed.
     """
     device = trunk.device
-    openings = [list(template.opening)] * sequences
+    opened = [list(template.opening)] * sequences
     if first_turns:
-        openings = [
+        opened = [
             [*template.opening, *first_turns[i % len(first_turns)], *template.to_answer][: length // 2]
             for i in range(sequences)
         ]
-    forced_B = torch.tensor([len(opening) for opening in openings], device=device)
-    longest = max(map(len, openings))
-    opening_BT = torch.tensor([opening + [0] * (longest - len(opening)) for opening in openings], device=device)
+    elif begun:
+        opened[::2] = [[*template.opening, *begun[i % len(begun)]][: length // 2] for i in range(len(opened[::2]))]
+    forced_B = torch.tensor([len(opening) for opening in opened], device=device)
+    longest = max(map(len, opened))
+    opening_BT = torch.tensor([opening + [0] * (longest - len(opening)) for opening in opened], device=device)
     bridges = [template.to_answer, template.to_user]
     width = max(map(len, bridges))
     bridge_2W = torch.tensor([bridge + [0] * (width - len(bridge)) for bridge in bridges], device=device)
     bridge_length_2 = torch.tensor([len(bridge) for bridge in bridges], device=device)
     turn_limit_2 = torch.tensor([USER_TURN, ANSWER], device=device)
     ends = torch.tensor(sorted(end_ids), device=device)
-    sampler = Sampler(1.0, 1.0, torch.Generator(device).manual_seed(seed))
+    sampler = Sampler(USER_TEMPERATURE, 1.0, torch.Generator(device).manual_seed(seed))
 
     # speaker: 0 user, 1 assistant. at: place in the bridge that ends the speaker's turn, or -1 while the turn lasts.
     speaker_B = torch.full((sequences,), 1 if first_turns else 0, device=device)
@@ -119,7 +127,7 @@ def write(
         hidden_B1D, _ = trunk.run(trunk.embed(ids_BT[:, step - 1 : step]), positions, view)
         logits_BV = trunk.head(hidden_B1D[:, 0])
         chosen_B = logits_BV.argmax(-1)
-        said_B = torch.where(speaker_B == 1, chosen_B, sampler.draw(torch.softmax(logits_BV.float(), dim=-1)))
+        said_B = torch.where(speaker_B == 1, chosen_B, sampler.draw(sampler.distribution(logits_BV)))
 
         opening_now_B = forced_B > step
         bridging_B = (at_B >= 0) & ~opening_now_B
@@ -158,18 +166,19 @@ def make(
 
     `identity` is the model's (its weights' SHA-256): another model writes another text.
     """
-    key = json.dumps([identity, tokens, length, seed, USER_TURN, ANSWER, list(first_turns or ())])
-    path = cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    path = place(identity, tokens, length, seed, first_turns)
     if path.is_file():
         return read(path)
     template = Template.of(tokenizer)
-    encoded = [tokenizer.encode(turn, add_special_tokens=False) for turn in first_turns or ()]
+    texts = first_turns or openings()
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     sequences = max(2, round(tokens / length))
     parts: list[tuple[Tensor, Tensor]] = []
     started = time.perf_counter()
     for first in range(0, sequences, batch):
         size = min(batch, sequences - first)
-        share = encoded[first % len(encoded) :] + encoded[: first % len(encoded)] if encoded else None
+        next_text = (first if first_turns else first // 2) % len(encoded)
+        share = encoded[next_text:] + encoded[:next_text]
 
         def tell(step: int, first: int = first, size: int = size) -> None:
             done = first + size * step / length
@@ -183,7 +192,8 @@ def make(
             sequences=size,
             length=length,
             seed=seed + first,
-            first_turns=share,
+            first_turns=share if first_turns else None,
+            begun=None if first_turns else share,
             on_step=tell,
         )
         parts.append(written)
@@ -191,6 +201,13 @@ def make(
     corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, meters.device_name(trunk.device))
     save(path, corpus)
     return corpus
+
+
+def place(identity: str, tokens: int, length: int, seed: int, first_turns: Sequence[str] | None = None) -> Path:
+    """Where a corpus is kept, named by all that decides its text."""
+    said = [USER_TURN, USER_TEMPERATURE, ANSWER, list(first_turns or openings())]
+    key = json.dumps([identity, tokens, length, seed, *said])
+    return cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
 def save(path: Path, corpus: Corpus) -> None:
