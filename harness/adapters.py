@@ -1,13 +1,13 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, section 4.1) that are active in some passes only.
+"""Low-rank adapters (LoRA, Hu et al. 2021, section 4.1) beside a model's linear layers, whatever their bits.
 
-They sit beside the target's linear layers, whatever their bits: y = W x + B A x. While inactive they cost one test per
-layer and the target is exactly what it was.
+y = W x + B A x. The model's own layers are not touched: an adapted layer is a second module over the same weights, and
+a pass runs the one or the other.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from harness.trunk import Trunk
 
 
 class LoRA(nn.Module):
-    """Adapters of one rank for every linear layer of the chosen decoder layers.
+    """Adapters of one rank for every linear layer of the chosen decoder layers; `layers` are those layers, adapted.
 
     State: `pairs.{layer}/{projection}.a` (rank, in) and `.b` (out, rank), the projection named as in the layer
     (`self_attn/q_proj`). `.b` starts at zero, so a new adapter changes nothing.
@@ -27,45 +27,43 @@ class LoRA(nn.Module):
     def __init__(self, trunk: Trunk, layers: Iterable[int], rank: int) -> None:
         super().__init__()
         self.rank = rank
-        self._on = False
         self.pairs = nn.ModuleDict()
+        # Not modules of this one: they hold the model's weights too.
+        self.layers: dict[int, nn.Module]
+        object.__setattr__(self, "layers", {})
         for layer in layers:
+            adapted = {}
             for name, linear in _linears(trunk.layers[layer]):
-                pair = nn.ParameterDict(
-                    {
-                        "a": nn.Parameter(
-                            torch.randn(rank, linear.in_features, device=trunk.device) / linear.in_features**0.5
-                        ),
-                        "b": nn.Parameter(torch.zeros(linear.out_features, rank, device=trunk.device)),
-                    }
-                )
+                pair = Pair(linear.in_features, linear.out_features, rank, trunk.device)
                 self.pairs[f"{layer}/{name}".replace(".", "/")] = pair
-                linear.register_forward_hook(self._hook(pair))
-
-    def _hook(self, pair: nn.ParameterDict):  # type: ignore[no-untyped-def]
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-            if not self._on:
-                return None
-            low = F.linear(inputs[0], pair["a"].to(out.dtype)).flatten(0, -2)
-            return torch.addmm(out.flatten(0, -2), low, pair["b"].to(out.dtype).t()).view_as(out)
-
-        return add
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        self._on = True
-        try:
-            yield
-        finally:
-            self._on = False
+                adapted[name] = Adapted(linear, pair)
+            self.layers[layer] = _with(trunk.layers[layer], adapted)
 
     def deltas(self) -> dict[str, Tensor]:
         """What merging would add to each weight, by its name in the model (`layers.3.mlp.up_proj.weight`)."""
-        merged = {}
-        pair: Any
-        for key, pair in self.pairs.items():
-            merged[f"layers.{key.replace('/', '.')}.weight"] = pair["b"] @ pair["a"]
-        return merged
+        return {f"layers.{key.replace('/', '.')}.weight": pair.b @ pair.a for key, pair in self.pairs.items()}  # type: ignore[operator]
+
+
+class Pair(nn.Module):
+    """A and B of one linear layer."""
+
+    def __init__(self, width: int, out: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, width, device=device) / width**0.5)
+        self.b = nn.Parameter(torch.zeros(out, rank, device=device))
+
+
+class Adapted(nn.Module):
+    """A linear layer and its pair."""
+
+    def __init__(self, linear: nn.Module, pair: Pair) -> None:
+        super().__init__()
+        self.linear, self.pair = linear, pair
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        low = F.linear(x, self.pair.a.to(out.dtype)).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, self.pair.b.to(out.dtype).t()).view_as(out)
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -73,3 +71,14 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in layer.named_modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             yield name, module
+
+
+def _with(module: nn.Module, replaced: dict[str, Adapted], prefix: str = "") -> nn.Module:
+    """A module like this one over the same weights, with some of its descendants replaced."""
+    twin = copy.copy(module)
+    children = {}
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        children[name] = replaced.get(path) or _with(child, replaced, f"{path}.")
+    twin.__dict__["_modules"] = children
+    return twin

@@ -1,14 +1,14 @@
 """Attention over the preallocated cache, for transformers' own attention modules and for drafters' layers.
 
 transformers calls `attend_view` through its attention interface: the module projects and rotates, the view decides
-where keys and values are kept and who sees whom. Masks are boolean, true where a query may look, and always explicit.
+where keys and values are kept and who sees whom. Masks are always explicit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ class View(Protocol):
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def mask(self, layer: int, groups: int) -> Tensor | None:
-        """(groups * M, S), or (B, 1, groups * M, S), or None where every query sees every key."""
+        """(groups * M, S), or (B, 1, groups * M, S), or None where every query sees every key.
+
+        Boolean, true where a query may look; or a number to add to each score.
+        """
 
     def causal(self, layer: int) -> bool:
         """True where the mask is the plain lower triangle of a square, which kernels know by themselves."""
@@ -84,6 +87,96 @@ class CacheView:
         key_S = torch.cat((torch.arange(self.start, device=device), self.positions_M))
         near_MS = self.positions_M[:, None] - key_S < window
         return near_MS if visible_MS is None else visible_MS & near_MS
+
+
+class Slots(NamedTuple):
+    """One layer's view at fixed addresses, as tensors: a compiled layer takes nothing else."""
+
+    keys: Tensor
+    values: Tensor
+    slots_M: Tensor
+    bias_QS: Tensor
+
+    def causal(self, layer: int) -> bool:
+        return False
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys.index_copy_(2, self.slots_M, keys), self.values.index_copy_(2, self.slots_M, values)
+
+    def mask(self, layer: int, groups: int) -> Tensor:
+        return self.bias_QS
+
+
+class FixedView:
+    """A short forward over a cache with fixed addresses, `at` slots beyond its length; what is masked is the same.
+
+    Every key of the cache's span is read and the mask, added to the scores, hides the rest, so nothing here depends on
+    a length that the host knows.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        at: int,
+        positions_M: Tensor,
+        block_MA: Tensor | None = None,
+        windows: dict[int, int] | None = None,
+    ) -> None:
+        self.cache, self.at, self.positions_M, self.block_MA = cache, at, positions_M, block_MA
+        self.windows = windows or {}
+        self.slots_M = cache.positions(at, positions_M.shape[-1])
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
+
+    def causal(self, layer: int) -> bool:
+        return False
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slots(layer, 1).store(layer, keys, values)
+
+    def slots(self, layer: int, groups: int) -> Slots:
+        """What one layer needs of this view, as tensors."""
+        keys, values = (part[layer][:, :, : self.cache.span] for part in (self.cache.keys, self.cache.values))
+        return Slots(keys, values, self.slots_M, self.mask(layer, groups))
+
+    def mask(self, layer: int, groups: int) -> Tensor:
+        """(groups * M, span), to be added to the scores, in the cache's dtype."""
+        window = self.windows.get(layer)
+        key = (None if window is None or window >= self.cache.span else window, groups)
+        if key not in self._masks:
+            hidden_MS = ~self._visible(key[0])
+            bias_MS = torch.zeros(hidden_MS.shape, dtype=self.cache.dtype, device=hidden_MS.device)
+            self._masks[key] = bias_MS.masked_fill_(hidden_MS, float("-inf")).repeat(groups, 1)
+        return self._masks[key]
+
+    def _visible(self, window: int | None) -> Tensor:
+        size = self.positions_M.shape[-1]
+        key_S = torch.arange(self.cache.span, device=self.positions_M.device)
+        offset_S = key_S - self.cache.here
+        if self.block_MA is None:
+            visible_MS = key_S <= self.slots_M[:, None]
+        else:
+            newest = self.block_MA.shape[1]
+            inside_MS = self.block_MA[:, offset_S.clamp(0, newest - 1)]
+            visible_MS = (offset_S < 0) | (inside_MS & (offset_S < newest))
+        if window is not None:
+            # Slot i of the prefix holds position i; the scratch slots of this forward hold its own positions.
+            own_S = (offset_S - self.at).clamp(0, size - 1)
+            position_S = torch.where(offset_S >= self.at, self.positions_M[own_S], key_S)
+            visible_MS = visible_MS & (self.positions_M[:, None] - position_S < window)
+        return visible_MS
+
+
+def view_of(
+    cache: KVCache,
+    at: int,
+    positions_M: Tensor,
+    block_MA: Tensor | None = None,
+    windows: dict[int, int] | None = None,
+) -> CacheView | FixedView:
+    """The view of a forward of M tokens into the slots from `at` beyond the cache's length on."""
+    if cache.fixed and at + positions_M.shape[-1] <= cache.scratch:
+        return FixedView(cache, at, positions_M, block_MA, windows)
+    return CacheView(cache, cache.length + at, positions_M, block_MA, windows)
 
 
 @dataclass
@@ -149,19 +242,23 @@ def attend(
     """Grouped-query attention, (B, H * G, M, d) in and out, with keys and values of H heads.
 
     The G queries that share a head are folded into the query axis instead of repeating the keys, so grouped queries
-    survive a mask. `mask` covers the folded axis, (.., G * M, S); `causal` stands for a square lower triangle.
+    survive a mask. `mask` covers the folded axis, (.., G * M, S): boolean, or added to the scores of a short forward
+    (one batch), for which the fused kernels are too little parallel; `causal` stands for a square lower triangle.
     """
     batch, heads, size, width = query.shape
     groups = heads // keys.shape[1]
     if causal and softcap is None:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1)
     folded = query.reshape(batch, keys.shape[1], groups * size, width)
-    if softcap is None:
+    if softcap is None and mask is not None and mask.is_floating_point():
+        scores = torch.baddbmm(mask[None], folded[0], keys[0].transpose(-1, -2), alpha=scale)
+        out = torch.bmm(torch.softmax(scores, dim=-1), values[0])
+    elif softcap is None:
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     else:
         scores = softcap * torch.tanh(folded @ keys.transpose(-1, -2) * scale / softcap)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
         out = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values
     return out.reshape(batch, heads, size, width)
 
@@ -179,7 +276,8 @@ def attend_view(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: rotated queries and keys in, (B, M, heads, d) out."""
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    # Slots are one layer's already; that they do not ask which makes compiled code the same for all layers.
+    layer: int = 0 if isinstance(view, Slots) else module.layer_idx  # type: ignore[assignment]
     keys, values = view.store(layer, key, value)
     causal = softcap is None and view.causal(layer)
     mask = None if causal else view.mask(layer, query.shape[1] // keys.shape[1])

@@ -2,6 +2,9 @@
 
 Shapes: B batch, H key-value heads, S slots, d head width. Slot i < length holds position i. A forward writes its keys
 and values from slot `length` (or beyond) on; only `commit` moves `length`, so what was not committed was never there.
+
+A captured graph cannot read the host. A cache with `fixed` addresses therefore keeps its length on the device too, and
+short forwards over it look at the first `span` slots, of which there are few different numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +32,11 @@ class KVCache:
         dtype: torch.dtype,
         batch: int = 1,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.dtype = capacity, dtype
         self.length = 0
+        self.scratch = 0
+        "longest forward, in slots beyond the length, that runs at fixed addresses"
+        self._length: Tensor | None = None
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._stores: list[Tensor] = []
@@ -45,6 +51,33 @@ class KVCache:
     def bytes(self) -> int:
         return sum(store.nbytes for store in self._stores)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether short forwards run at fixed addresses."""
+        return self._length is not None
+
+    def fix(self, scratch: int) -> None:
+        """From now on forwards that end within `scratch` slots of the length run at fixed addresses."""
+        self.scratch = scratch
+        self._length = torch.zeros((), dtype=torch.long, device=self._stores[0].device)
+
+    @property
+    def here(self) -> int | Tensor:
+        """The committed length: on the device, (), where addresses are fixed."""
+        return self.length if self._length is None else self._length
+
+    @property
+    def span(self) -> int:
+        """Slots that a forward at fixed addresses looks at."""
+        return min(bucket(self.length + self.scratch), self.capacity)
+
+    def positions(self, at: int, size: int) -> Tensor:
+        """Positions of the slots from `at` beyond the length on, (size,)."""
+        device = self._stores[0].device
+        if self._length is None:
+            return torch.arange(self.length + at, self.length + at + size, device=device)
+        return torch.arange(at, at + size, device=device) + self._length
+
     def write(self, layer: int, start: int, keys_BHMd: Tensor, values_BHMd: Tensor) -> tuple[Tensor, Tensor]:
         """Store M slots from `start` on and return all slots up to them, (B, H, start + M, d) each."""
         stop = start + keys_BHMd.shape[2]
@@ -53,14 +86,26 @@ class KVCache:
         self.values[layer][:, :, start:stop] = values_BHMd
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
 
-    def gather(self, slots_K: Tensor, start: int) -> None:
-        """Move the scratch slots `slots_K` (ascending) to `start`, `start` + 1, ... in every layer."""
-        stop = start + slots_K.shape[0]
+    def gather(self, offsets_K: Tensor) -> None:
+        """Move the scratch slots at `offsets_K` (ascending, from 1) beyond the length to 1, 2, ... beyond it."""
+        slots_K, goals_K = offsets_K + self.here, self.positions(1, offsets_K.shape[0])
         for store in self._stores:
-            store[..., start:stop, :] = store.index_select(-2, slots_K.to(store.device))
+            moved = store.index_select(-2, slots_K.to(store.device))
+            store.index_copy_(-2, goals_K.to(store.device), moved)
 
     def commit(self, slots: int) -> None:
-        self.length += slots
+        self._move(self.length + slots)
 
     def reset(self) -> None:
-        self.length = 0
+        self._move(0)
+
+    def _move(self, length: int) -> None:
+        self.length = length
+        if self._length is not None:
+            self._length.fill_(length)
+
+
+def bucket(slots: int) -> int:
+    """`slots` rounded up, by an eighth at most beyond 2048 and to a multiple of 256 below."""
+    step = max(256, 1 << max(0, (slots - 1).bit_length() - 4))
+    return -(-slots // step) * step

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch import Tensor
 
+from harness.draft import Draft
 from harness.method import Method
 from harness.sampling import Sampler
-from harness.target import Target
-from harness.verify import verify
+from harness.target import Scores, Target
+from harness.verify import Typical, Verdict, verify
+
+Phase = Literal["draft", "verify", "accept", "commit", "host"]
+"""Where a round's time goes: drafting (and refilling the drafter), scoring, the verdict, moving the accepted path, and
+what the device waits for: the verdict's copy and the loop itself."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,24 @@ class Step:
     host_syncs: int
 
 
+class Clock:
+    """Somebody who is told when a phase ends; this one does not care."""
+
+    def mark(self, phase: Phase | None) -> None:
+        """The phase that ends now, or None where the first round begins."""
+
+
 @torch.inference_mode()
-def decode(target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler) -> Iterator[Step]:
+def decode(
+    target: Target,
+    method: Method,
+    prompt: Sequence[int],
+    limits: Limits,
+    sampler: Sampler,
+    clock: Clock | None = None,
+) -> Iterator[Step]:
     """Decode one text, yielding after every round, so that whoever consumes it can hold a stopwatch."""
+    clock = clock or Clock()
     prompt_scores = target.prefill(prompt)
     new_tokens = [int(sampler.pick(prompt_scores.logits_MV)[0])]
     tokens = [*prompt, *new_tokens]
@@ -55,15 +77,37 @@ def decode(target: Target, method: Method, prompt: Sequence[int], limits: Limits
         method.start(tokens, prompt_scores)
     yield Step(0, 0, 0, tuple(new_tokens), host_syncs=1)
 
+    clock.mark(None)
     while not limits.reached(new_tokens):
+        target.begin(tokens[-1])
         draft = method.propose(tokens)
-        scores = target.score(tokens[-1], draft)
-        verdict = verify(draft, scores.logits_MV, sampler, method.rule)
+        clock.mark("draft")
+        scores = target.score(draft)
+        clock.mark("verify")
+        verdict = decide(target, draft, scores, sampler, method.rule)
+        clock.mark("accept")
         target.keep(verdict, draft)
-        nodes, accepted, bonus = verdict.host()
-        committed = limits.clip([*accepted, bonus], len(new_tokens))
+        clock.mark("commit")
+        method.observe(draft, scores, verdict)
+        clock.mark("draft")
+        accepted = verdict.host()
+        target.commit(accepted)
+        method.settle(draft, accepted)
+        committed = limits.clip([*accepted.tokens, accepted.bonus], len(new_tokens))
         new_tokens += committed
         tokens += committed
-        if not limits.reached(new_tokens):
-            method.observe(draft, scores, verdict)
-        yield Step(len(draft), draft.shape.longest, len(nodes), tuple(committed), 1 + draft.host_syncs)
+        clock.mark("host")
+        yield Step(len(draft), draft.shape.longest, len(accepted.nodes), tuple(committed), 1 + draft.host_syncs)
+
+
+def decide(target: Target, draft: Draft, scores: Scores, sampler: Sampler, rule: Typical | None) -> Verdict:
+    """The verdict on a scored draft, in the target's runtime."""
+    drawn = () if draft.q_PV is None or draft.row_N is None else (draft.q_PV, draft.row_N)
+
+    def judge(tokens_N: Tensor, logits_MV: Tensor, *drawn: Tensor) -> Verdict:
+        q_PV, row_N = drawn or (None, None)
+        return verify(replace(draft, tokens_N=tokens_N, q_PV=q_PV, row_N=row_N), logits_MV, sampler, rule)
+
+    if draft.shape.fixed or target.runtime.keeps(draft.shape.parents_M):
+        return target.call(("verify", id(draft.shape)), judge, draft.tokens_N, scores.logits_MV, *drawn)
+    return judge(draft.tokens_N, scores.logits_MV, *drawn)

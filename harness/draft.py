@@ -41,6 +41,8 @@ class Shape:
     ancestors_MM: Tensor
     longest: int
     chain: bool = False
+    fixed: bool = False
+    "whether this very object comes again: a static tree's shape"
 
 
 @lru_cache(maxsize=256)
@@ -66,6 +68,7 @@ def tree(parents: tuple[int, ...], device: torch.device) -> Shape:
         ancestors_MM=ancestors.to(device),
         longest=max(depth),
         chain=all(parent == node for node, parent in enumerate(parents)),
+        fixed=True,
     )
 
 

@@ -8,7 +8,7 @@ class; its `Options` are a frozen msgspec Struct with defaults, which is also it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from harness.sampling import Sampler
     from harness.target import Scores, Target
     from harness.trunk import Trunk
-    from harness.verify import Typical, Verdict
+    from harness.verify import Accepted, Typical, Verdict
 
 GROUP = "harness.methods"
 
@@ -42,8 +42,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Method:
     """A decoder. Subclasses override `propose`, and what else they need; the defaults draft nothing and keep nothing.
 
-    The loop calls `start` once a sequence, then `propose` and `observe` in turn. Nothing here measures, prints or reads
-    the environment.
+    The loop calls `start` once a sequence, then `propose`, `observe` and `settle` in turn. Nothing here measures,
+    prints or reads the environment.
     """
 
     name: ClassVar[str]
@@ -112,11 +112,14 @@ class Method:
         raise NotImplementedError
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
-        """The round is decided and kept: update the drafter's own state."""
+        """The round is decided: update the drafter's own state on the device, before the host knows the verdict.
 
-    def graphs(self) -> Mapping[str, Callable[..., Any]]:
-        """Callables over static buffers that a runtime may capture."""
-        return {}
+        What `propose` and `observe` do on the device in fixed shapes they may hand to `target.call`, so that a runtime
+        can capture it; state that outlives the round then lies in tensors made in `load`.
+        """
+
+    def settle(self, draft: Draft, accepted: Accepted) -> None:
+        """The host knows the verdict: update what is kept there, like the length of a drafter's cache."""
 
 
 @cache

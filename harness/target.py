@@ -1,25 +1,30 @@
 """The target: the model whose output must not change, with its cache. A draft model is a second Target.
 
-A round is `score` (one pass over the pending token and the draft), `verify` (elsewhere) and `keep` (commit the accepted
-path). `peek` runs a cheap pass in the scratch slots and leaves nothing behind. Shape letters: `harness.draft`.
+A round is `score` (one pass over the pending token and the draft), `verify` (elsewhere), `keep` (move the accepted
+path) and `commit`. `peek` runs a cheap pass in the scratch slots and leaves nothing behind. Shape letters:
+`harness.draft`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from harness.adapters import LoRA
-from harness.attention import INTERFACE, CacheView
-from harness.draft import Draft
+from harness.attention import INTERFACE, CacheView, View, view_of
+from harness.cache import KVCache
+from harness.draft import Draft, Shape
+from harness.runtime import Runtime
 from harness.trunk import Layers, Trunk, horizon
-from harness.verify import Verdict
+from harness.verify import Accepted, Verdict
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,25 @@ class Scores:
 class Target:
     """A causal language model with a preallocated cache, decoding one sequence."""
 
-    def __init__(self, model: Any, *, capacity: int) -> None:
-        """Raises ValueError for a model that cannot be walked, or not this far."""
+    def __init__(self, model: Any, *, capacity: int, scratch: int = 0, runtime: Runtime | None = None) -> None:
+        """Rounds reach `scratch` slots beyond the committed length.
+
+        Raises ValueError for a model that cannot be walked, or not this far.
+        """
+        self.runtime = runtime or Runtime()
+        self.scratch = scratch
         self.trunk = Trunk(model)
+        if self.runtime.name == "compile":
+            self.trunk.compile()
         longest = horizon(model.config)
         if longest is not None and capacity > longest:
             raise ValueError(
                 f"beyond {longest} positions this model rotates old tokens anew, and {capacity} are asked for: give "
                 "shorter prompts or fewer new tokens"
             )
-        self.cache = self.trunk.cache(capacity)
+        self.cache = self.adopt(self.trunk.cache(capacity))
+        self.pending_1 = torch.zeros(1, dtype=torch.long, device=self.device)
+        "the token that the next round starts from; it is not in the cache yet"
         self.taps: frozenset[int] = frozenset()
 
     @property
@@ -66,6 +80,19 @@ class Target:
         """Hidden states that every pass shall give from now on (negative: from the end; L is the normed output)."""
         self.taps = frozenset(tap % (self.depth + 1) for tap in taps)
 
+    def adopt(self, cache: KVCache) -> KVCache:
+        """A drafter's cache that is read and written in this target's rounds."""
+        self.runtime.adopt(cache, self.scratch)
+        return cache
+
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+        """Device work of fixed shapes, as the runtime does it: see `harness.runtime`."""
+        return self.runtime.call(name, function, *inputs)
+
+    def begin(self, pending: int) -> None:
+        """A round begins, after the token `pending`."""
+        self.pending_1.fill_(pending)
+
     def companion(self, path: Path) -> Target:
         """Another model, from a directory, as a draft model beside this one: same device, dtype and vocabulary.
 
@@ -74,16 +101,17 @@ class Target:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.trunk.dtype, use_safetensors=True)
-        other = Target(
-            model.to(self.device).eval(),  # type: ignore[arg-type]
-            capacity=self.cache.capacity,
-        )
+        other = self.beside(model.to(self.device).eval())  # type: ignore[arg-type]
         if other.trunk.vocabulary != self.trunk.vocabulary:
             sizes = f"{other.trunk.vocabulary} against {self.trunk.vocabulary}"
             raise ValueError(
                 f"{path} has another vocabulary than the target ({sizes}): name a draft model that shares it"
             )
         return other
+
+    def beside(self, model: Any) -> Target:
+        """A target of another model with as much room and the same runtime."""
+        return Target(model, capacity=self.cache.capacity, scratch=self.scratch, runtime=self.runtime)
 
     def reset(self) -> None:
         self.cache.reset()
@@ -98,26 +126,38 @@ class Target:
     def extend(self, tokens: Sequence[int] | Tensor) -> Scores:
         """Commit T known tokens and score what follows the last."""
         ids_T = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
-        hidden_TD, tapped = self._pass(self.trunk.embed(ids_T), self._after(ids_T.shape[0]))
+        # Any length once: never at fixed addresses.
+        positions_T = self.cache.positions(0, ids_T.shape[0])
+        view = CacheView(self.cache, self.length, positions_T, None, self.trunk.windows)
+        hidden_TD, tapped = self._run(self.trunk.embed(ids_T), positions_T, view, taps=self.taps)
         self.cache.commit(ids_T.shape[0])
         return Scores(self.trunk.head(hidden_TD[-1:]), tapped)
 
     @torch.inference_mode()
-    def score(self, pending: int, draft: Draft) -> Scores:
+    def score(self, draft: Draft) -> Scores:
         """One pass over the pending token and the drafted nodes; commits nothing."""
-        root = torch.tensor([pending], device=self.device)
-        ids_M = torch.cat((root, draft.tokens_N))
-        positions_M = draft.shape.depth_M + self.length
-        block = None if draft.shape.chain else draft.shape.ancestors_MM
-        hidden_MD, tapped = self._pass(self.trunk.embed(ids_M), positions_M, block_MA=block)
+        shape = draft.shape
+        if shape.fixed or self.runtime.keeps(shape.parents_M):
+            return self.call(("score", id(shape)), lambda tokens_N: self._score(tokens_N, shape), draft.tokens_N)
+        return self._score(draft.tokens_N, shape)
+
+    def _score(self, tokens_N: Tensor, shape: Shape) -> Scores:
+        ids_M = torch.cat((self.pending_1, tokens_N))
+        block = None if shape.chain else shape.ancestors_MM
+        positions_M = shape.depth_M + self.cache.here
+        view = view_of(self.cache, 0, positions_M, block, self.trunk.windows)
+        hidden_MD, tapped = self._run(self.trunk.embed(ids_M), positions_M, view, taps=self.taps)
         return Scores(self.trunk.head(hidden_MD), tapped)
 
     @torch.inference_mode()
     def keep(self, verdict: Verdict, draft: Draft) -> None:
-        """Commit the pending token and the accepted path. A rejected branch leaves no trace."""
+        """Move the accepted path to where it belongs; the cache's length follows in `commit`."""
         if not draft.shape.chain:
-            self.cache.gather(self.length + verdict.path_K, self.length + 1)
-        self.cache.commit(1 + len(verdict.host().nodes))
+            self.call("keep", self.cache.gather, verdict.path_K)
+
+    def commit(self, accepted: Accepted) -> None:
+        """Commit the pending token and the accepted path. A rejected branch leaves no trace."""
+        self.cache.commit(1 + len(accepted.nodes))
 
     @torch.inference_mode()
     def peek(
@@ -138,29 +178,14 @@ class Target:
         if not isinstance(inputs, Tensor):
             inputs = torch.tensor(list(inputs), dtype=torch.long, device=self.device)
         hidden = inputs if inputs.is_floating_point() else self.trunk.embed(inputs)
-        positions_M = self._after(hidden.shape[0], at) if positions_M is None else positions_M
-        if adapters is None:
-            return self._pass(hidden, positions_M, block_MA=block_MA, at=at, layers=layers, taps=())[0]
-        with adapters.active():
-            return self._pass(hidden, positions_M, block_MA=block_MA, at=at, layers=layers, taps=())[0]
+        positions_M = self.cache.positions(at, hidden.shape[0]) if positions_M is None else positions_M
+        view = view_of(self.cache, at, positions_M, block_MA, self.trunk.windows)
+        instead = None if adapters is None else adapters.layers
+        return self._run(hidden, positions_M, view, layers=layers, instead=instead)[0]
 
-    def _after(self, size: int, at: int = 0) -> Tensor:
-        start = self.length + at
-        return torch.arange(start, start + size, device=self.device)
-
-    def _pass(
-        self,
-        hidden_MD: Tensor,
-        positions_M: Tensor,
-        *,
-        block_MA: Tensor | None = None,
-        at: int = 0,
-        layers: Layers | None = None,
-        taps: Iterable[int] | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        view = CacheView(self.cache, self.length + at, positions_M, block_MA, self.trunk.windows)
-        chosen = self.taps if taps is None else taps
-        hidden_1MD, tapped = self.trunk.run(hidden_MD[None], positions_M, view, layers=layers, taps=chosen)
+    def _run(self, hidden_MD: Tensor, positions_M: Tensor, view: View, **how: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        """The trunk on a batch of one."""
+        hidden_1MD, tapped = self.trunk.run(hidden_MD[None], positions_M, view, **how)
         return hidden_1MD[0], {tap: hidden[0] for tap, hidden in tapped.items()}
 
     @contextmanager

@@ -7,20 +7,21 @@ transformers' own forward for every architecture in `ARCHITECTURES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.attention import INTERFACE, View, attend_view
+from harness.attention import INTERFACE, FixedView, View, attend_view
 from harness.cache import KVCache
 
 PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
-ARCHITECTURES: dict[str, tuple[str, str | None, str, str | None]] = {
+Norms = tuple[str, str | None, str, str | None]
+ARCHITECTURES: dict[str, Norms] = {
     "llama": PRE_NORM,
     "mistral": PRE_NORM,
     "qwen2": PRE_NORM,
@@ -87,6 +88,9 @@ class Trunk:
         self._rotary_by_type = self.config.model_type == "gemma3_text"
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.windows = _windows(self.config, self.depth)
+        self.groups: int = self.config.num_attention_heads // self.config.num_key_value_heads
+        "query heads that share a key"
+        self._compiled: Any = None
         self._set_attention(INTERFACE)
 
     def _set_attention(self, name: str) -> None:
@@ -116,8 +120,9 @@ class Trunk:
         *,
         layers: Layers | None = None,
         taps: Iterable[int] = (),
+        instead: Mapping[int, nn.Module] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the chosen sublayers and the final norm.
+        """Run the chosen sublayers and the final norm; `instead` has layers that stand in for the model's own.
 
         Returns the normed hidden state (B, M, D) and, for each tap i, the input of layer i (i = L: the normed output),
         numbered as transformers' `hidden_states`. positions_M may also be (B, M).
@@ -126,33 +131,31 @@ class Trunk:
         positions = positions_M if positions_M.dim() == 2 else positions_M[None]
         turns: dict[str | None, Any] = {}
         for index in range(self.depth) if layers is None else layers.indices:
-            layer = self.layers[index]
+            layer = self.layers[index] if instead is None else instead.get(index, self.layers[index])
             if index in wanted:
                 tapped[index] = hidden_BMD
             kind = self._layer_types[index] if self._rotary_by_type and self._layer_types else None
             if kind not in turns:
                 arguments = (hidden_BMD, positions) if kind is None else (hidden_BMD, positions, kind)
                 turns[kind] = self.body.rotary_emb(*arguments)
-            if layers is None or index in layers.attention:
-                hidden_BMD = hidden_BMD + self._attention(layer, hidden_BMD, turns[kind], view)
-            if layers is None or index in layers.mlp:
-                hidden_BMD = hidden_BMD + self._mlp(layer, hidden_BMD)
+            attends = layers is None or index in layers.attention
+            feeds = layers is None or index in layers.mlp
+            if self._compiled is not None and isinstance(view, FixedView):
+                slots = view.slots(index, self.groups)
+                hidden_BMD = self._compiled(layer, self._norms, hidden_BMD, turns[kind], slots, attends, feeds)
+            else:
+                hidden_BMD = run_layer(layer, self._norms, hidden_BMD, turns[kind], view, attends, feeds)
         hidden_BMD = self.body.norm(hidden_BMD)
         if self.depth in wanted:
             tapped[self.depth] = hidden_BMD
         return hidden_BMD, tapped
 
-    def _attention(self, layer: Any, hidden: Tensor, turn: tuple[Tensor, Tensor], view: View) -> Tensor:
-        before, after, _, _ = self._norms
-        out, _ = layer.self_attn(
-            getattr(layer, before)(hidden), position_embeddings=turn, attention_mask=None, view=view
+    def compile(self) -> None:
+        """From now on layers over fixed addresses run as one compiled function, the same code for all of them."""
+        torch._dynamo.config.recompile_limit = 64  # one for each size of forward, span and kind of layer
+        self._compiled = torch.compile(
+            run_layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
         )
-        return out if after is None else getattr(layer, after)(out)  # type: ignore[no-any-return]
-
-    def _mlp(self, layer: Any, hidden: Tensor) -> Tensor:
-        _, _, before, after = self._norms
-        out = layer.mlp(getattr(layer, before)(hidden))
-        return out if after is None else getattr(layer, after)(out)  # type: ignore[no-any-return]
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed hidden states, (.., V)."""
@@ -202,6 +205,27 @@ def _windows(config: Any, depth: int) -> dict[int, int] | None:
         return None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
     return {i: window for i, kind in enumerate(types) if kind == "sliding_attention"} or None
+
+
+def run_layer(
+    layer: Any,
+    norms: Norms,
+    hidden_BMD: Tensor,
+    turn: tuple[Tensor, Tensor],
+    view: View,
+    attends: bool,
+    feeds: bool,
+) -> Tensor:
+    """One decoder layer, with or without its attention and its MLP."""
+    before_attention, after_attention, before_mlp, after_mlp = norms
+    if attends:
+        normed = getattr(layer, before_attention)(hidden_BMD)
+        out, _ = layer.self_attn(normed, position_embeddings=turn, attention_mask=None, view=view)
+        hidden_BMD = hidden_BMD + (out if after_attention is None else getattr(layer, after_attention)(out))
+    if feeds:
+        out = layer.mlp(getattr(layer, before_mlp)(hidden_BMD))
+        hidden_BMD = hidden_BMD + (out if after_mlp is None else getattr(layer, after_mlp)(out))
+    return hidden_BMD
 
 
 class DraftHead:

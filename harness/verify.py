@@ -26,25 +26,31 @@ class Accepted(NamedTuple):
     bonus: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verdict:
     """On the device: path_K holds the accepted scored positions and tokens_K their tokens, both padded beyond `count`;
-    `last` is the deepest accepted scored position (0: the pending token), `bonus` the next token."""
+    `last` is the deepest accepted scored position (0: the pending token), `bonus` the next token.
 
+    All but `last` are views of `packed`, which is what the host is told.
+    """
+
+    packed: Tensor
+    count: Tensor
+    bonus: Tensor
     path_K: Tensor
     tokens_K: Tensor
-    count: Tensor
     last: Tensor
-    bonus: Tensor
-    _host: Accepted | None = None
+
+    @classmethod
+    def of(cls, path_K: Tensor, tokens_K: Tensor, count: Tensor, last: Tensor, bonus: Tensor) -> Verdict:
+        packed = torch.cat((count.view(1), bonus.view(1), path_K, tokens_K))
+        longest = path_K.shape[0]
+        return cls(packed, packed[0], packed[1], packed[2 : 2 + longest], packed[2 + longest :], last)
 
     def host(self) -> Accepted:
-        """THE device-to-host copy of a round; made once."""
-        if self._host is None:
-            ends = torch.stack((self.count, self.bonus))
-            count, bonus, *rest = torch.cat((ends, self.path_K, self.tokens_K)).tolist()
-            self._host = Accepted(rest[:count], rest[len(rest) // 2 :][:count], bonus)
-        return self._host
+        """THE device-to-host copy of a round."""
+        count, bonus, *rest = self.packed.tolist()
+        return Accepted(rest[:count], rest[len(rest) // 2 :][:count], bonus)
 
 
 @dataclass(frozen=True)
@@ -143,4 +149,4 @@ def _verdict(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
     on_path_KM = shape.ancestors_MM[last] & (shape.depth_M == depths_K[:, None])
     path_K = on_path_KM.int().argmax(-1)
     tokens_M = torch.cat((draft.tokens_N.new_zeros(1), draft.tokens_N))
-    return Verdict(path_K, tokens_M[path_K], shape.depth_M[last], last, bonus)
+    return Verdict.of(path_K, tokens_M[path_K], shape.depth_M[last], last, bonus)

@@ -7,6 +7,7 @@ embedding and head; any causal language model of the same vocabulary can be name
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from harness.method import Method, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk, cut_model
-from harness.verify import Verdict
+from harness.verify import Accepted
 
 
 class DraftModelOptions(Options, frozen=True, kw_only=True):
@@ -60,7 +61,7 @@ class DraftModel(Method):
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
         model = cut_model(target.trunk, config["layers"], config["intermediate"])
         model.model.load_state_dict(tensors, strict=False)
-        draft = Target(model.to(target.device, target.trunk.dtype), capacity=target.cache.capacity)
+        draft = target.beside(model.to(target.device, target.trunk.dtype))
         own = sum(p.nbytes for name, p in model.model.named_parameters() if name in tensors)
         return cls(target, draft, head, own + head.bytes, options.gamma, sampler)
 
@@ -76,29 +77,33 @@ class DraftModel(Method):
         self.draft.prefill(tokens[:-1])
 
     def propose(self, tokens: Sequence[int]) -> Draft:
+        unread_M = torch.tensor(tokens[self.draft.length :], device=self.target.device)
         ids: list[Tensor] = []
         qs: list[Tensor] = []
-        unread = tokens[self.draft.length :]
-        hidden_MD = self.draft.peek(unread)
-        self.draft.cache.commit(len(unread))
         for step in range(self.gamma):
-            if step:
-                hidden_MD = self.draft.peek(ids[-1], at=step - 1)
-            logits_1V = self.head.logits(hidden_MD[-1:])
-            if self.sampler.greedy:
-                ids.append(self.head.tokens(logits_1V.argmax(-1)))
-            else:
-                qs.append(self.sampler.distribution(logits_1V))
-                ids.append(self.head.tokens(self.sampler.draw(qs[-1])))
+            read, at = (ids[-1], step - 1) if step else (unread_M, 0)
+            drafted_1, q_1V = self.draft.call(("step", step), partial(self._step, at), read)
+            if not step:
+                self.draft.cache.commit(len(unread_M))
+            ids.append(drafted_1)
+            qs.append(q_1V)
         shape = chain(self.gamma, self.target.device)
         if self.sampler.greedy:
             return Draft(torch.cat(ids), shape)
         rows = torch.arange(self.gamma, device=self.target.device)
         return Draft(torch.cat(ids), shape, Drawn.IID, torch.cat(qs), rows, self.head.ids_V)
 
-    def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
+    def _step(self, at: int, ids_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token and the logits, or when sampling the distribution, that it was chosen by."""
+        logits_1V = self.head.logits(self.draft.peek(ids_M, at=at)[-1:])
+        if self.sampler.greedy:
+            return self.head.tokens(logits_1V.argmax(-1)), logits_1V
+        q_1V = self.sampler.distribution(logits_1V)
+        return self.head.tokens(self.sampler.draw(q_1V)), q_1V
+
+    def settle(self, draft: Draft, accepted: Accepted) -> None:
         """Keep what the draft model has read and the target has accepted; its last guess it has not read."""
-        self.draft.cache.commit(min(len(verdict.host().nodes), self.gamma - 1))
+        self.draft.cache.commit(min(len(accepted.nodes), self.gamma - 1))
 
     @classmethod
     def trainee(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.attention import CacheView, View, attend, rotary, rotate
+from harness.attention import View, attend, rotary, rotate, view_of
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, chain, dynamic_tree
 from harness.lesson import Distilled, Lesson
@@ -27,7 +27,7 @@ from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk
-from harness.verify import Verdict
+from harness.verify import Accepted, Verdict
 
 
 class EagleOptions(Options, frozen=True, kw_only=True):
@@ -116,14 +116,16 @@ class Eagle(Method):
     ) -> None:
         self.target, self.layer, self.head, self.taps = target, layer, head, taps
         self.options, self.sampler = options, sampler
-        self.cache = KVCache(
-            {0: target.device},
-            target.cache.capacity,
-            heads=layer.kv_heads,
-            width=layer.head_width,
-            dtype=target.trunk.dtype,
+        self.cache = target.adopt(
+            KVCache(
+                {0: target.device},
+                target.cache.capacity,
+                heads=layer.kv_heads,
+                width=layer.head_width,
+                dtype=target.trunk.dtype,
+            )
         )
-        self.last_1D = torch.empty(0)
+        self.last_1D = torch.zeros(1, target.trunk.width, device=target.device, dtype=target.trunk.dtype)
 
     @classmethod
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
@@ -143,37 +145,44 @@ class Eagle(Method):
     def start(self, tokens: Sequence[int], scores: Scores) -> None:
         self.cache.reset()
         ids_T = torch.tensor(tokens[1:], device=self.target.device)
-        self.last_1D = self._feed(scores, slice(None), ids_T)[-1:]
+        self.last_1D.copy_(self._feed(self._tapped(scores), ids_T)[-1:])
         self.cache.commit(ids_T.shape[0])
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
         """Replace what the drafter imagined by the target's true features of the accepted path."""
-        zero = torch.zeros(1, dtype=torch.long, device=self.target.device)
-        rows_R = torch.cat((zero, verdict.path_K))
-        ids_R = torch.cat((verdict.tokens_K, zero)).index_copy(0, verdict.count.view(1), verdict.bonus.view(1))
-        fed_RD = self._feed(scores, rows_R, ids_R)  # rows beyond the count are padding: never committed
-        self.last_1D = fed_RD[verdict.count].view(1, -1)
-        self.cache.commit(1 + len(verdict.host().nodes))
+        decided = (verdict.path_K, verdict.tokens_K, verdict.count, verdict.bonus)
+        self.target.call("refill", self._refill, *decided, *self._tapped(scores))
 
-    def _feed(self, scores: Scores, rows: Any, ids_R: Tensor) -> Tensor:
-        tapped = torch.cat([scores.hidden[tap % (self.target.depth + 1)][rows] for tap in self.taps], dim=-1)
-        return self._step(self.layer.features(tapped), ids_R)
+    def _refill(self, path_K: Tensor, tokens_K: Tensor, count: Tensor, bonus: Tensor, *tapped_MD: Tensor) -> None:
+        zero = path_K.new_zeros(1)
+        rows_R = torch.cat((zero, path_K))
+        ids_R = torch.cat((tokens_K, zero)).index_copy(0, count.view(1), bonus.view(1))
+        # Rows beyond the count are padding: never committed.
+        fed_RD = self._feed([hidden_MD[rows_R] for hidden_MD in tapped_MD], ids_R)
+        self.last_1D.copy_(fed_RD.index_select(0, count.view(1)))
+
+    def settle(self, draft: Draft, accepted: Accepted) -> None:
+        self.cache.commit(1 + len(accepted.nodes))
+
+    def _tapped(self, scores: Scores) -> list[Tensor]:
+        return [scores.hidden[tap % (self.target.depth + 1)] for tap in self.taps]
+
+    def _feed(self, tapped_RD: Sequence[Tensor], ids_R: Tensor) -> Tensor:
+        return self._step(self.layer.features(torch.cat(list(tapped_RD), dim=-1)), ids_R)
 
     def _step(
         self, g_MD: Tensor, ids_M: Tensor, at: int = 0, depth: int | None = None, block_MA: Tensor | None = None
     ) -> Tensor:
         """Features after reading ids_M, whose keys go to the slots from `at` beyond the verified ones."""
-        start = self.cache.length + at
-        size = ids_M.shape[0]
-        positions_M = torch.arange(start, start + size, device=g_MD.device)
+        positions_M = self.cache.positions(at, ids_M.shape[0])
         if depth is not None:  # all of one level of a tree
-            positions_M = torch.full_like(positions_M, self.cache.length + depth)
-        view = CacheView(self.cache, start, positions_M, block_MA)
+            positions_M = torch.full_like(positions_M, depth) + self.cache.here
+        view = view_of(self.cache, at, positions_M, block_MA)
         embedded = self.target.trunk.embed(ids_M)
         return self.layer(g_MD[None], embedded[None], positions_M[None], view)[0]  # type: ignore[no-any-return]
 
     def propose(self, tokens: Sequence[int]) -> Draft:
-        return self._tree() if self.options.nodes else self._chain()
+        return self.target.call("draft", self._tree if self.options.nodes else self._chain)
 
     def _chain(self) -> Draft:
         a_1D = self.last_1D

@@ -8,16 +8,18 @@ a goal. No training and no memory; which sublayers to skip is found by search (`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harness.draft import Draft, Drawn, chain
 from harness.method import Method, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import Layers
-from harness.verify import Verdict
+from harness.verify import Accepted
 
 
 class LayerSkipOptions(Options, frozen=True, kw_only=True):
@@ -69,17 +71,12 @@ class LayerSkip(Method):
             self.threshold, self.rate = 0.8, self.options.goal
 
     def propose(self, tokens: Sequence[int]) -> Draft:
-        ids, qs = [torch.tensor(tokens[-1:], device=self.target.device)], []
+        ids, qs = [self.target.pending_1], []
         for step in range(self.options.gamma):
-            logits_1V = self.target.trunk.head(self.target.peek(ids[-1], at=step, layers=self.layers))
-            if self.sampler.greedy:
-                sure, best = torch.softmax(logits_1V.float(), dim=-1).max(-1)
-                ids.append(best)
-            else:
-                qs.append(self.sampler.distribution(logits_1V))
-                ids.append(self.sampler.draw(qs[-1]))
-                sure = qs[-1].max(-1).values
-            if float(sure) < self.threshold:
+            drafted_1, sure_1, q_1V = self.target.call(("step", step), partial(self._step, step), ids[-1])
+            ids.append(drafted_1)
+            qs.append(q_1V)
+            if float(sure_1) < self.threshold:
                 break
         drafted_N = torch.cat(ids[1:])
         size = drafted_N.shape[0]
@@ -89,10 +86,20 @@ class LayerSkip(Method):
         rows = torch.arange(size, device=self.target.device)
         return Draft(drafted_N, shape, Drawn.IID, torch.cat(qs), rows, host_syncs=size)
 
-    def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
+    def _step(self, at: int, ids_1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token, how sure the draft is of its best, and its distribution."""
+        logits_1V = self.target.trunk.head(self.target.peek(ids_1, at=at, layers=self.layers))
+        if self.sampler.greedy:
+            q_1V = torch.softmax(logits_1V.float(), dim=-1)
+            sure_1, drafted_1 = q_1V.max(-1)
+            return drafted_1, sure_1, q_1V
+        q_1V = self.sampler.distribution(logits_1V)
+        return self.sampler.draw(q_1V), q_1V.max(-1).values, q_1V
+
+    def settle(self, draft: Draft, accepted: Accepted) -> None:
         if not self.adaptive:
             return
-        matched = len(verdict.host().nodes) / len(draft)
+        matched = len(accepted.nodes) / len(draft)
         self.rate = 0.5 * self.rate + 0.5 * matched
         step = 0.01 if self.rate < self.options.goal else -0.01
         self.threshold = min(0.99, max(0.0, 0.9 * self.threshold + 0.1 * (self.threshold + step)))

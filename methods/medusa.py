@@ -75,7 +75,7 @@ class Medusa(Method):
         self, target: Target, heads: Heads, head: DraftHead, guesses: RankedTree, rule: Typical | None
     ) -> None:
         self.target, self.heads, self.head, self.guesses, self.rule = target, heads, head, guesses, rule
-        self.hidden_D: Tensor | None = None
+        self.hidden_D = torch.zeros(target.trunk.width, device=target.device, dtype=target.trunk.dtype)
 
     @classmethod
     def load(cls, target: Target, options: MedusaOptions, drafter: Path | None, sampler: Sampler) -> Medusa:
@@ -101,15 +101,20 @@ class Medusa(Method):
         return sum(p.nbytes for p in self.heads.parameters()) + self.head.bytes
 
     def start(self, tokens: Sequence[int], scores: Scores) -> None:
-        self.hidden_D = scores.hidden[self.target.depth][-1].clone()
+        self.hidden_D.copy_(scores.hidden[self.target.depth][-1])
 
     def propose(self, tokens: Sequence[int]) -> Draft:
-        assert self.hidden_D is not None
+        return self.target.call("draft", self._draft)
+
+    def _draft(self) -> Draft:
         logits_HV = self.heads(self.hidden_D, self.head)
         return self.guesses.draft(self.head.tokens(logits_HV.topk(self.guesses.ranks, dim=-1).indices))
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
-        self.hidden_D = scores.hidden[self.target.depth][verdict.last]
+        self.target.call("remember", self._remember, scores.hidden[self.target.depth], verdict.last)
+
+    def _remember(self, hidden_MD: Tensor, last: Tensor) -> None:
+        self.hidden_D.copy_(hidden_MD.index_select(0, last.view(1))[0])
 
     @classmethod
     def trainee(

@@ -123,8 +123,10 @@ class S3D(Method):
         return self.masks_KD.nbytes + adapters + self.head.bytes
 
     def propose(self, tokens: Sequence[int]) -> Draft:
-        pending = torch.tensor(tokens[-1:], device=self.target.device)
-        slots = torch.cat((self.target.trunk.embed(pending), self.masks_KD))
+        return self.target.call("draft", self._draft)
+
+    def _draft(self) -> Draft:
+        slots = torch.cat((self.target.trunk.embed(self.target.pending_1), self.masks_KD))
         hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
         logits = self.head.logits(hidden)
         if self.guesses is not None:
@@ -179,8 +181,7 @@ class S3DTrainee(Distilled):
         """The fine-tuned target at full depth: hidden states, and the keys and values that drafting reads."""
         positions_T = torch.arange(lesson.ids_BT.shape[1], device=self.trunk.device)
         view = FreshView(None, 0, positions_T, None, self.trunk.windows)
-        with self.lora.active():
-            hidden_BTD, _ = self.trunk.run(self.trunk.embed(lesson.ids_BT), positions_T, view)
+        hidden_BTD, _ = self.trunk.run(self.trunk.embed(lesson.ids_BT), positions_T, view, instead=self.lora.layers)
         return hidden_BTD, view
 
     def _draft(self, lesson: Lesson, context: KVCache | FreshView) -> Tensor:
@@ -193,8 +194,7 @@ class S3DTrainee(Distilled):
         positions_BQ = (lesson.anchors_BA[:, :, None] + offsets).flatten(1)
         mask_B1QS = group_mask(lesson.anchors_BA, lesson.ids_BT.shape[1], size)
         view = ContextView(context, mask_B1QS, positions_BQ, trunk.windows)
-        with self.lora.active():
-            hidden_BQD, _ = trunk.run(slots_BQD, positions_BQ, view, layers=self.layers)
+        hidden_BQD, _ = trunk.run(slots_BQD, positions_BQ, view, layers=self.layers, instead=self.lora.layers)
         return self.head.logits(hidden_BQD).view(batch, anchors, size, -1)
 
     def config(self) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from torch import Tensor
 from harness import drafter, method
 from harness.attention import CacheView
 from harness.decode import Limits, Step, decode
+from harness.draft import Draft
 from harness.lesson import Lesson
 from harness.method import Method
 from harness.sampling import Sampler
-from harness.target import Target
+from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk
+from harness.verify import Verdict
 
 CAPACITY = 256
 steady = settings(deadline=None, derandomize=True)
@@ -93,3 +95,15 @@ def lesson(
     teacher_BAKV = DraftHead(trunk, vocabulary_V).logits(normed_BTD[rows_B1, anchors_BA])[:, :, None]
     choice_BAK = ids_BT[rows_B1, anchors_BA + 1][:, :, None]
     return Lesson(ids_BT, anchors_BA, hidden, cache, trunk, teacher_BAKV, choice_BAK)
+
+
+def score(target: Target, pending: int, draft: Draft) -> Scores:
+    """A round's scoring pass by itself."""
+    target.begin(pending)
+    return target.score(draft)
+
+
+def keep(target: Target, verdict: Verdict, draft: Draft) -> None:
+    """A round's end by itself."""
+    target.keep(verdict, draft)
+    target.commit(verdict.host())

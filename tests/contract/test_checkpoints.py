@@ -48,6 +48,7 @@ def proposal(path: Path, model: Any, name: str = "eagle", **given: Any) -> tuple
     method = load(name, target, path, sampler(temperature=1.0), **given)
     with torch.inference_mode():
         method.start(PROMPT, target.prefill(PROMPT[:-1]))
+        target.begin(PROMPT[-1])
         draft = method.propose(PROMPT)
     assert draft.q_PV is not None
     return draft.tokens_N.tolist(), draft.q_PV
@@ -202,6 +203,7 @@ def test_the_dynamic_tree_holds_the_likeliest_paths_of_eagle2s_search(tmp_path: 
     )
     with torch.inference_mode():
         method.start(PROMPT, target.prefill(PROMPT[:-1]))
+        target.begin(PROMPT[-1])
         draft = method.propose(PROMPT)
     above = draft.shape.ancestors_MM[1:, 1:]
     assert {tuple(draft.tokens_N[row].tolist()) for row in above} == expected
@@ -271,6 +273,7 @@ def test_medusa_heads_are_counted_from_the_tensors(prefix: str, blocks: int, tmp
     method = load("medusa", target, path, nodes=0)
     with torch.inference_mode():
         method.start(PROMPT, target.prefill(PROMPT[:-1]))
+        target.begin(PROMPT[-1])
         drafted = method.propose(PROMPT).tokens_N.tolist()
         with target.lent() as own:
             hidden = own(torch.tensor([PROMPT[:-1]]), output_hidden_states=True).hidden_states[-1][0, -1]

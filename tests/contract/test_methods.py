@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import decoded, load, sampler, text, trainee, write
+from bench import decoded, keep, load, sampler, score, text, trainee, write
 from scipy.stats import chi2
 from tiny import ARCHITECTURES, VOCAB, tiny
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from harness import method
 from harness.decode import Limits
 from harness.draft import Draft
+from harness.runtime import FixedRuntime, Runtime
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.verify import Verdict
@@ -105,13 +106,21 @@ class Bench:
             write(path, trainee(case.name, model, vocabulary_V=case.vocabulary_V, std=case.std, **case.training))
         return path
 
-    def load(self, case: Case, architecture: str, spare: int = 0, prompt: int = 12, new: int = NEW_TOKENS) -> Any:
+    def load(
+        self,
+        case: Case,
+        architecture: str,
+        spare: int = 0,
+        prompt: int = 12,
+        new: int = NEW_TOKENS,
+        runtime: Runtime | None = None,
+    ) -> Any:
         """(target, method), with a cache that holds the text, what the method says it needs beyond it, and no more."""
         path = self.drafter(case, architecture)
         model = self.model(architecture)
         reach = load(case.name, Target(model, capacity=256), path, **case.loading).reach
         # Before the last round all but two tokens of the text are committed: one is pending, one is still to come.
-        target = Target(model, capacity=prompt + new - 2 + reach + spare)
+        target = Target(model, capacity=prompt + new - 2 + reach + spare, scratch=reach, runtime=runtime)
         return target, load(case.name, target, path, **case.loading)
 
 
@@ -138,6 +147,15 @@ def test_greedy_text_is_the_targets_own(case: Case, architecture: str, bench: Be
         assert [len(step.committed) for step in steps] == [1] * NEW_TOKENS
     if str(case) in RIGHT:
         assert all(step.accepted == step.drafted_depth for step in steps)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fixed_addresses_change_nothing(case: Case, architecture: str, bench: Bench) -> None:
+    """What a captured graph would read and write, one launch at a time."""
+    kinds = (Runtime(), FixedRuntime("graph"))
+    free, fixed = (decoded(*bench.load(case, architecture, runtime=one), PROMPT, Limits(NEW_TOKENS)) for one in kinds)
+    assert fixed == free
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -220,20 +238,23 @@ def test_state_after_many_rounds_is_the_state_of_a_fresh_start(
     dice = torch.Generator().manual_seed(1)
     for round_ in range(8):
         draws.generator.manual_seed(round_)  # type: ignore[union-attr]
+        target.begin(tokens[-1])
         draft = decoder.propose(tokens)
         fresh = load(case.name, other, path, fresh_draws, **case.loading)
         fresh.start(tokens, other.prefill(tokens[:-1]))
         fresh_draws.generator.manual_seed(round_)  # type: ignore[union-attr]
+        other.begin(tokens[-1])
         expected = fresh.propose(tokens)
         assert draft.tokens_N.tolist() == expected.tokens_N.tolist()
         assert torch.equal(draft.shape.ancestors_MM, expected.shape.ancestors_MM)
         if draft.q_PV is not None:
             torch.testing.assert_close(draft.q_PV, expected.q_PV, rtol=1e-3, atol=1e-5)
-        scores = target.score(tokens[-1], draft)
+        scores = score(target, tokens[-1], draft)
         verdict = forced(draft, int(torch.randint(len(draft) + 1, (), generator=dice)), 3 + round_)
-        target.keep(verdict, draft)
-        tokens += [*verdict.host().tokens, verdict.host().bonus]
         decoder.observe(draft, scores, verdict)
+        keep(target, verdict, draft)
+        decoder.settle(draft, verdict.host())
+        tokens += [*verdict.host().tokens, verdict.host().bonus]
         assert target.length == len(tokens) - 1
     assert len(tokens) > 24 or len(draft) < 3
 
@@ -267,7 +288,7 @@ def forced(draft: Draft, node: int, bonus: int) -> Verdict:
     pad = [0] * (shape.longest - len(path))
     path_K = torch.tensor([*path, *pad], dtype=torch.long)
     tokens_K = torch.tensor([*(int(draft.tokens_N[i - 1]) for i in path), *pad], dtype=torch.long)
-    return Verdict(path_K, tokens_K, torch.tensor(len(path)), torch.tensor(node), torch.tensor(bonus))
+    return Verdict.of(path_K, tokens_K, torch.tensor(len(path)), torch.tensor(node), torch.tensor(bonus))
 
 
 def exact(target: Target, prompt: list[int], length: int, draws: Sampler) -> Tensor:

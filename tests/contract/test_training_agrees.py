@@ -40,6 +40,7 @@ def test_trainee_predicts_what_the_method_draws_from(
     drafting = load(name, target, path, sampler(temperature=1.0))
     prompt = text(21, VOCAB)
     drafting.start(prompt, target.prefill(prompt[:-1]))
+    target.begin(prompt[-1])
     draft = drafting.propose(prompt)
     assert draft.q_PV is not None
     whole = [*prompt, *draft.tokens_N.tolist(), *text(6, VOCAB, seed=5)]
@@ -65,6 +66,7 @@ def test_medusa_heads_predict_what_they_were_trained_on(
     drafted_HV = drafting.heads(drafting.hidden_D, drafting.head)  # type: ignore[attr-defined]
     torch.testing.assert_close(drafted_HV, expected_KV, rtol=1e-4, atol=1e-4)
     best = expected_KV.argmax(-1)
+    target.begin(prompt[-1])
     assert drafting.propose(prompt).tokens_N.tolist() == (best if subset is None else subset[best]).tolist()
 
 
@@ -79,6 +81,7 @@ def test_shared_weights_draft_what_they_were_trained_to(tmp_path: Path) -> None:
     drafting = load("s3d", target, path, sampler(temperature=1.0), mode="shared")
     prompt = text(21, VOCAB)
     drafting.start(prompt, target.prefill(prompt[:-1]))
+    target.begin(prompt[-1])
     q_KV = drafting.propose(prompt).q_PV
     expected_KV = torch.softmax(at_anchor(made, Trunk(model), [*prompt, *text(9, VOCAB)], len(prompt) - 1), dim=-1)
     torch.testing.assert_close(q_KV, expected_KV, rtol=1e-3, atol=1e-4)

@@ -82,7 +82,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, every: int, token: int) -> None:
         rounds += 1
         found = PLANTED(*arguments)
         if rounds % every == 0:
-            found.bonus = torch.full_like(found.bonus, token)
+            found.bonus.fill_(token)
         return found
 
     monkeypatch.setattr(decode, "verify", verdict)
@@ -113,7 +113,7 @@ def test_a_token_as_good_as_the_best_is_a_near_tie(chat: dict[str, Any], monkeyp
 
     def verdict(*arguments: Any) -> Verdict:
         found = PLANTED(*arguments)
-        found.bonus = torch.where(found.bonus == likely, twin, found.bonus)
+        found.bonus.copy_(torch.where(found.bonus == likely, twin, found.bonus))
         return found
 
     monkeypatch.setattr(decode, "verify", verdict)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import CAPACITY, decoded, load, sampler, text
+from bench import CAPACITY, decoded, keep, load, sampler, score, text
 from tiny import ARCHITECTURES, VOCAB, WINDOW, tiny
 from torch import Tensor, nn
 
@@ -96,8 +96,8 @@ def test_trees_with_the_right_path_among_wrong_ones_decode_the_targets_text(
                 tokens[node - 1], at = truth[len(said) + depth - 1], node
         built = tree(parents, CPU) if rounds % 2 else dynamic_tree(torch.tensor(parents), 12)
         draft = Draft(tokens, built)
-        verdict = verify_greedy(draft, target.score(said[-1], draft).logits_MV)
-        target.keep(verdict, draft)
+        verdict = verify_greedy(draft, score(target, said[-1], draft).logits_MV)
+        keep(target, verdict, draft)
         _, accepted, bonus = verdict.host()
         assert int(verdict.last) >= at
         said += [*accepted, bonus]
@@ -117,7 +117,7 @@ def test_a_tree_scored_at_once_equals_its_paths_scored_one_by_one(
     prompt, parents = text(length, VOCAB), random_tree(14, seed=3)
     draft = Draft(torch.tensor(text(14, VOCAB, seed=4)), tree(parents, CPU))
     target.prefill(prompt[:-1])
-    scores = target.score(prompt[-1], draft)
+    scores = score(target, prompt[-1], draft)
     for node in range(len(draft) + 1):
         path = [i for i in range(1, node + 1) if draft.shape.ancestors_MM[node, i]]
         alone = logits(target, [*prompt, *draft.tokens_N[[i - 1 for i in path]].tolist()])
@@ -137,7 +137,7 @@ def test_taps_are_transformers_hidden_states(architecture: str) -> None:
         close(scores.hidden[index], hidden[0])
     draft = Draft(torch.tensor([3, 4, 5]), tree((0, 0, 1), CPU))
     target.prefill(prompt[:-1])
-    scored = target.score(prompt[-1], draft)
+    scored = score(target, prompt[-1], draft)
     for index, hidden in enumerate(expected):
         close(scored.hidden[index][0], hidden[0, -1])
 
@@ -174,14 +174,14 @@ def test_a_rejected_branch_leaves_no_trace(architecture: str) -> None:
     target.prefill(tokens[:-1])
     for seed in range(5):
         draft = Draft(torch.tensor(text(9, VOCAB, seed=50 + seed)), tree(random_tree(9, seed=seed), CPU))
-        logits_MV = target.score(tokens[-1], draft).logits_MV.clone()
+        logits_MV = score(target, tokens[-1], draft).logits_MV.clone()
         # Make the target want the path down to a node of our choice.
         node = 2 * seed + 1
         for below in (i for i in range(1, node + 1) if draft.shape.ancestors_MM[node, i]):
             logits_MV[draft.shape.parents_M[below], draft.tokens_N[below - 1]] = 1e9
         verdict = verify_greedy(draft, logits_MV)
         assert int(draft.shape.depth_M[node]) <= int(verdict.count)
-        target.keep(verdict, draft)
+        keep(target, verdict, draft)
         tokens += [*verdict.host().tokens, verdict.host().bonus]
         other.prefill(tokens[:-1])
         same_cache(target, other)
@@ -194,13 +194,13 @@ def test_a_peek_leaves_nothing_behind(architecture: str) -> None:
     draft = Draft(torch.tensor([3, 4, 5, 6]), tree((0, 0, 1, 1), CPU))
     target.prefill(prompt[:-1])
     before = {layer: keys[:, :, : target.length].clone() for layer, keys in target.cache.keys.items()}
-    expected = target.score(prompt[-1], draft).logits_MV.clone()
+    expected = score(target, prompt[-1], draft).logits_MV.clone()
     target.peek(prompt[-1:], layers=Layers.ends(1, 2, target.depth))
     target.peek(torch.randn(3, target.trunk.width), at=1)
     assert target.length == len(prompt) - 1
     for layer, keys in before.items():
         assert torch.equal(target.cache.keys[layer][:, :, : target.length], keys)
-    assert torch.equal(target.score(prompt[-1], draft).logits_MV, expected)
+    assert torch.equal(score(target, prompt[-1], draft).logits_MV, expected)
 
 
 @every_architecture

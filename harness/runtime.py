@@ -1,0 +1,165 @@
+"""How a round's forwards are launched: one kernel at a time, or as captured CUDA graphs, with layers compiled or not.
+
+Whoever has device work with fixed shapes says `call(name, function, *inputs)`. The eager runtime calls the function; a
+capturing one records it the first time and replays it afterwards, so methods and target know nothing of it. What makes
+this safe is that every tensor that changes between rounds is either an input, which is copied to a fixed place, or
+lies at a fixed address already: outputs of earlier captures, weights, the key-value cache, its length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from harness.cache import KVCache
+
+R = TypeVar("R")
+Name = Literal["eager", "graph", "compile"]
+NAMES: tuple[Name, ...] = ("eager", "graph", "compile")
+WARM_UPS = 2
+"runs before a capture: libraries choose their algorithms and allocate workspaces, compiled code is made"
+
+
+class Runtime:
+    """Eager: transformers' own kernels, one launch each."""
+
+    name: Name = "eager"
+    fixed = False
+    "whether caches keep fixed addresses"
+
+    def adopt(self, cache: KVCache, scratch: int) -> None:
+        """A cache that calls will read and write; rounds reach `scratch` slots beyond its length."""
+
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether the tensor will be found at the same place in the next round."""
+        return False
+
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+        """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide."""
+        return function(*inputs)
+
+    @property
+    def captures(self) -> int:
+        return 0
+
+    @property
+    def capture_seconds(self) -> float:
+        return 0.0
+
+
+class FixedRuntime(Runtime):
+    """Fixed addresses without captures: what the capturing runtime does, one launch at a time (and on a CPU)."""
+
+    fixed = True
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+        self.caches: list[KVCache] = []
+
+    def adopt(self, cache: KVCache, scratch: int) -> None:
+        cache.fix(scratch)
+        self.caches.append(cache)
+
+
+class GraphRuntime(FixedRuntime):
+    """One CUDA graph a name, input shapes and cache spans; all share one memory pool.
+
+    A failed capture poisons the process, so a function that waits for the device must not come here. Graphs of one
+    pool reuse each other's intermediate memory: outputs last until the round is over, and what a method remembers
+    longer it copies to tensors of its own.
+    """
+
+    def __init__(self, name: Name, device: torch.device, generator: torch.Generator | None) -> None:
+        super().__init__(name)
+        self.device, self.generator = device, generator
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captured: dict[Hashable, _Capture] = {}
+        self._kept: set[int] = set()
+        self._capturing = False
+        self._seconds = 0.0
+
+    def keeps(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._kept
+
+    @property
+    def captures(self) -> int:
+        return len(self._captured)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Time that warming up and capturing took, compiling included."""
+        return self._seconds
+
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+        if self._capturing:
+            return function(*inputs)  # part of a larger capture
+        places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
+        key = (name, places, tuple(cache.span for cache in self.caches))
+        if key not in self._captured:
+            self._capturing = True
+            self._captured[key] = self._capture(function, inputs)
+            self._capturing = False
+        return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
+
+    def _capture(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Capture:
+        started = time.perf_counter()
+        fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
+        random = None if self.generator is None else self.generator.get_state()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function(*fixed)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        torch.cuda.synchronize(self.device)
+        if self.generator is not None and random is not None:
+            self.generator.set_state(random)
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            outputs = function(*fixed)
+        for tensor in tensors_of(outputs):
+            self._kept.add(id(tensor))
+        self._seconds += time.perf_counter() - started
+        return _Capture(graph, fixed, outputs)
+
+
+class _Capture:
+    """A graph, the places of its inputs, and its outputs, which live as long as it does."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, fixed: list[Tensor], outputs: Any) -> None:
+        self.graph, self.fixed, self.outputs = graph, fixed, outputs
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
+        for place, tensor in zip(self.fixed, inputs, strict=True):
+            if place is not tensor:
+                place.copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in a value: a tensor, a container, or an object of this package."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in tensors_of(part)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    return [] if not hasattr(value, "__dict__") else tensors_of(vars(value))
+
+
+def make(name: Name, device: torch.device, generator: torch.Generator | None = None) -> Runtime:
+    """The runtime of this name. `compile` without CUDA compiles and does not capture."""
+    if name == "eager":
+        return Runtime()
+    if device.type == "cuda":
+        return GraphRuntime(name, device, generator)
+    if name == "graph":
+        raise ValueError("CUDA graphs need a CUDA device: use --runtime eager or compile")
+    return FixedRuntime(name)
