@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,10 @@ import torch
 from harness.method import Method
 from harness.sampling import Sampler
 from harness.target import Target
-from harness.verify import verify
+from harness.verify import Verdict, verify
+
+Judge = Callable[..., Verdict]
+"takes what `harness.verify.verify` takes"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Step:
 
 
 @torch.inference_mode()
-def decode(target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler) -> Iterator[Step]:
+def decode(
+    target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler, judge: Judge = verify
+) -> Iterator[Step]:
     """Decode one text, yielding after every round, so that whoever consumes it can hold a stopwatch."""
     prompt_scores = target.prefill(prompt)
     new_tokens = [int(sampler.pick(prompt_scores.logits_MV)[0])]
@@ -58,7 +63,7 @@ def decode(target: Target, method: Method, prompt: Sequence[int], limits: Limits
     while not limits.reached(new_tokens):
         draft = method.propose(tokens)
         scores = target.score(tokens[-1], draft)
-        verdict = verify(draft, scores.logits_MV, sampler, method.rule)
+        verdict = judge(draft, scores.logits_MV, sampler, method.rule)
         target.keep(verdict, draft)
         nodes, accepted, bonus = verdict.host()
         committed = limits.clip([*accepted, bonus], len(new_tokens))

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import msgspec
 import pandas as pd
 
-from harness.results import BASELINE, Cell, Memory, Run, Trial
+from harness.acceptance import constant_chance
+from harness.results import BASELINE, Cell, Memory, Run, Trial, refuse_mixture
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
 
 GIB = 2**30
@@ -30,6 +31,7 @@ VerdictKind = Literal[
     "not_testable",
     "lossy_by_design",
     "sampled",
+    "drawn",
     "no_pairs",
 ]
 
@@ -137,6 +139,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     "speed-up times the baseline's peak over this peak"
     marginal_tokens_per_second_per_gib: float | None = None
     "extra speed per extra GiB over the baseline; None unless the memory is larger by `SAME_MEMORY_SHARE`"
+    break_even_tau: float | None = None
+    "tokens per round at which this cell would be as fast as its baseline: a round's time in baseline steps"
+    break_even_chance: float | None = None
+    "the acceptance, the same at every depth that it drafts, which gives that; None where none is enough"
     host_syncs_per_pass: float | None
     joules_per_token: float | None
     verdict: Verdict
@@ -177,7 +183,11 @@ def trial_frame(run: Run) -> pd.DataFrame:
 
 
 def summary(run: Run) -> list[Row]:
-    """One row for each planned cell, in the plan's order, then for cells that the plan does not name."""
+    """One row for each planned cell, in the plan's order, then for cells that the plan does not name.
+
+    Raises UserError where synthetic trials and real ones are mixed.
+    """
+    refuse_mixture(run)
     frame = trial_frame(run)
     frame = frame[frame.outcome == "ok"]
     trials: dict[str, list[Trial]] = {cell.id: [] for cell in run.manifest.cells}
@@ -259,6 +269,9 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
         return {"baseline": base.cell.id if base else None}
     by_round = _sides(pairs, "round")
     speedup = ratio_interval_over_rounds(*by_round)
+    step = _sum_ratio(pairs.decode_seconds_base, pairs.verify_passes_base)
+    round_ = _sum_ratio(pairs.decode_seconds, pairs.verify_passes)
+    break_even = round_ / step if round_ and step else None
     peak, base_peak = own.peak_bytes, base.peak_bytes
     memory = (peak, base_peak) if peak is not None and base_peak is not None else None
     extra_speed, extra_bytes = by_round[0].value - by_round[1].value, memory[0] - memory[1] if memory else 0
@@ -275,11 +288,22 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
             )
             for category, part in pairs.groupby("category", sort=False)
         ),
+        "break_even_tau": break_even,
+        "break_even_chance": _chance(break_even, own.ok),
         "per_gib_relative": speedup.scaled(memory[1] / memory[0]) if memory else None,
         "marginal_tokens_per_second_per_gib": (
             extra_speed / (extra_bytes / GIB) if memory and extra_bytes > SAME_MEMORY_SHARE * memory[1] else None
         ),
     }
+
+
+def _chance(tau: float | None, trials: Iterable[Trial]) -> float | None:
+    """The constant chance that gives `tau` over the depth drafted on average; None where no chance does."""
+    depths = [depth for trial in trials for depth in trial.drafted_depth or ()]
+    if tau is None or not depths:
+        return None
+    depth = round(statistics.fmean(depths))
+    return constant_chance(tau, depth) if tau <= depth + 1 else None
 
 
 def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
@@ -332,7 +356,11 @@ def _verdict(own: Measured, base: Measured | None, temperature: float, lossless:
             parted[answer] = min(position, parted.get(answer, position))
     earliest = min(parted, key=lambda answer: parted[answer], default=None)
     return Verdict(
-        kind=_verdict_kind(own.cell, temperature, lossless, len(answers), len(parted)),
+        kind=(
+            "drawn"
+            if any(trial.drawn_acceptance is not None for trial in own.ok)
+            else _verdict_kind(own.cell, temperature, lossless, len(answers), len(parted))
+        ),
         answers=len(answers),
         differing=len(parted),
         first_position=parted[earliest] if earliest else None,
@@ -377,7 +405,7 @@ def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
 
 def _pairs(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
     """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
-    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds"]
+    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds", "verify_passes"]
     own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
     return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
 

@@ -47,17 +47,21 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     device: str
     "`cuda`, `cpu`, ...; the physical device is in each trial"
     batch_size: int = 1
+    context: int | None = None
+    "tokens prefilled before each answer; None: the prompts as long as they are"
 
     @property
     def id(self) -> str:
         """File-safe and unique within a run."""
         text = "-".join((self.label, self.bits, self.dtype, self.weights, self.runtime, self.device))
+        text += "" if self.context is None else f"-c{self.context}"
         return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
 
     @property
-    def target(self) -> tuple[str, str, str, str, str, str]:
-        """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime and device."""
-        return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device)
+    def target(self) -> tuple[str, ...]:
+        """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime, device and context."""
+        context = "" if self.context is None else str(self.context)
+        return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device, context)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +102,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     seed: int = 0
     synthetic: bool = False
+    "random weights or drawn acceptance: times and memory were measured, texts and acceptance were not"
+    drawn_acceptance: list[float] | None = None
+    "the chances by depth that the accepted lengths were drawn with; None where the target decided"
     device_name: str | None = None
     device_uuid: str | None = None
     started_unix_seconds: float | None = None
@@ -180,6 +187,10 @@ class Manifest(msgspec.Struct, kw_only=True):
     raw: bool = False
     isolation: str = "round"
     executor: str = "local"
+    synthetic: bool = False
+    "as in each trial: a run is synthetic as a whole or not at all"
+    acceptance: str | None = None
+    "where drawn acceptance comes from, as the user wrote it"
     preliminary: bool = False
     "true when the defaults chose a small subset: good for a first look, not for publishing"
     host: dict[str, Any] = {}
@@ -215,6 +226,14 @@ def append_line(path: Path, value: msgspec.Struct) -> None:
         file.write(b"\n" * torn + msgspec.json.encode(value) + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def refuse_mixture(*runs: Run) -> None:
+    """Raises UserError where synthetic and real trials would be compared or put into one table."""
+    kinds = {trial.synthetic for run in runs for trial in run.rows}
+    if len(kinds) > 1:
+        names = ", ".join(str(run.directory) for run in runs)
+        raise UserError(f"{names}: SYNTHETIC trials and real ones are never put together: read them apart")
 
 
 def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:

@@ -67,7 +67,7 @@ def verify_greedy(draft: Draft, logits_MV: Tensor) -> Verdict:
     best_M = logits_MV.argmax(-1)
     agrees_N = draft.tokens_N == best_M[draft.shape.parents_M[1:]]
     last = _deepest(draft.shape, agrees_N)
-    return _verdict(draft, last, best_M[last])
+    return verdict_at(draft, last, best_M[last])
 
 
 def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) -> Verdict:
@@ -76,7 +76,7 @@ def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) 
     parents_N = draft.shape.parents_M[1:]
     agrees_N = p_MV[parents_N, draft.tokens_N] > threshold_M[parents_N]
     last = _deepest(draft.shape, agrees_N)
-    return _verdict(draft, last, sampler.draw(p_MV[last].view(1, -1))[0])
+    return verdict_at(draft, last, sampler.draw(p_MV[last].view(1, -1))[0])
 
 
 def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
@@ -108,7 +108,7 @@ def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
         rejected_V = torch.where(mine, _normalised(left_V, residual_V), residual_V)
         residual_V = torch.where(accept, p_MV[node], rejected_V)
         at = torch.where(accept, node, at)
-    return _verdict(draft, at, sampler.draw(residual_V.view(1, -1))[0])
+    return verdict_at(draft, at, sampler.draw(residual_V.view(1, -1))[0])
 
 
 def _draft_distributions(draft: Draft, p_MV: Tensor) -> Tensor | None:
@@ -136,7 +136,7 @@ def _deepest(shape: Shape, agrees_N: Tensor) -> Tensor:
     return torch.where(reached_M, shape.depth_M, -1).argmax()
 
 
-def _verdict(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
+def verdict_at(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
     """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never accepted."""
     shape = draft.shape
     depths_K = torch.arange(1, shape.longest + 1, device=last.device)

@@ -18,14 +18,16 @@ from typing import Any
 import msgspec
 import torch
 
-from harness import chat, child, dialogue, meters, method, weights
-from harness.decode import Limits, decode
+from harness import chat, child, dialogue, meters, method, shapes, weights
+from harness.decode import Judge, Limits, decode
+from harness.drawn import DrawnVerdicts
 from harness.errors import UserError
 from harness.method import Method
 from harness.plan import Job, Plan, Turn
 from harness.results import Outcome, append_trial, read_trials
 from harness.sampling import Sampler
 from harness.target import Target
+from harness.verify import verify
 from harness.weights import Bits, LoadedModel
 
 WARM_UP_TOKENS = 8
@@ -101,11 +103,12 @@ class Bench:
     gauges: meters.Gauges
     load_bytes: int | None
     limits: Limits
+    judge: Judge
 
     def warm_up(self) -> None:
         first = next(iter(self.prompts.values()))
         limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens), self.limits.end_ids)
-        for _ in decode(self.target, self.method, first, limits, self.sampler):
+        for _ in decode(self.target, self.method, first, limits, self.sampler, self.judge):
             pass
 
     def trial(self, turn: Turn) -> dict[str, Any]:
@@ -113,8 +116,10 @@ class Bench:
         prompt = self.prompts[turn.prompt.id, turn.index]
         assert self.sampler.generator is not None
         self.sampler.generator.manual_seed(seed_of(self.plan.seed, turn))
+        if isinstance(self.judge, DrawnVerdicts):
+            self.judge.seed(seed_of(self.plan.seed, turn))
         started = time.time()
-        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler)
+        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.judge)
         (prefill, *steps), reading = meters.measure(rounds, self.gauges)
         new_tokens = [token for step in (prefill, *steps) for token in step.committed]
         memory = msgspec.structs.replace(
@@ -131,8 +136,7 @@ class Bench:
             "started_unix_seconds": started,
             "prompt_tokens": len(prompt),
             "new_tokens": new_tokens,
-            "text": dialogue.decode(self.loaded.tokenizer, new_tokens),
-            "token_texts": dialogue.pieces(self.loaded.tokenizer, new_tokens) if self.job.round == 0 else None,
+            **self._texts(new_tokens),
             "prefill_seconds": reading.prefill_seconds,
             "decode_seconds": reading.decode_seconds,
             "round_seconds": reading.round_seconds,
@@ -143,7 +147,16 @@ class Bench:
             "host_syncs": sum(step.host_syncs for step in steps),
             "memory": memory,
             "energy_joules": reading.energy_joules,
+            "drawn_acceptance": self.judge.chances if isinstance(self.judge, DrawnVerdicts) else None,
         }
+
+    def _texts(self, new_tokens: list[int]) -> dict[str, Any]:
+        """Nothing for a model without a tokenizer."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer is None:
+            return {}
+        pieces = dialogue.pieces(tokenizer, new_tokens) if self.job.round == 0 else None
+        return {"text": dialogue.decode(tokenizer, new_tokens), "token_texts": pieces}
 
 
 def seed_of(seed: int, turn: Turn) -> int:
@@ -165,7 +178,7 @@ def set_up(job: Job, plan: Plan) -> Bench:
         trust_remote_code=plan.trust_remote_code,
     )
     answers = msgspec.json.decode(Path(job.first_answers).read_bytes(), type=dict[str, list[str]])
-    prompts = encoded(plan, loaded.tokenizer, answers)
+    prompts = encoded(plan, loaded, answers, cell.context)
     sampler = Sampler(plan.temperature, plan.top_p, torch.Generator(cell.device))
     room = max(map(len, prompts.values())) + plan.max_new_tokens
     spec = method.Spec(cell.method, cell.options, cell.label)
@@ -175,9 +188,13 @@ def set_up(job: Job, plan: Plan) -> Bench:
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(str(error)) from error
     gauges = meters.gauges(target.device)
-    limits = Limits(plan.max_new_tokens, chat.end_ids(loaded.model, loaded.tokenizer))
-    load_bytes = gauges.allocated_bytes()
-    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, load_bytes, limits)
+    # Random weights say nothing, and so never that a text is over.
+    ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
+    limits, load_bytes = Limits(plan.max_new_tokens, ends), gauges.allocated_bytes()
+    judge: Judge = verify
+    if planned.profile is not None:
+        judge = DrawnVerdicts(planned.profile, plan.max_new_tokens, target.device)
+    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, load_bytes, limits, judge)
     bench.warm_up()
     return bench
 
@@ -195,18 +212,35 @@ def seat(model: Any, spec: method.Spec, drafter: Path | None, sampler: Sampler, 
         spare = decoder.reach
 
 
-def encoded(plan: Plan, tokenizer: Any, answers: dict[str, list[str]]) -> dict[tuple[str, int], list[int]]:
-    """Token ids of every turn, after the first answers that all cells share."""
-    return {
-        (turn.prompt.id, turn.index): dialogue.encode(
-            tokenizer,
+def encoded(
+    plan: Plan, loaded: LoadedModel, answers: dict[str, list[str]], context: int | None
+) -> dict[tuple[str, int], list[int]]:
+    """Token ids of every turn, after the first answers that all cells share; `context` of them where it is not None.
+
+    What stands before a shorter prompt is the text of the others. A shape's are random.
+    """
+    if loaded.tokenizer is None:
+        assert context is not None, "the plan gives every cell of a shape its context"
+        vocabulary = loaded.model.config.vocab_size
+        return {
+            (turn.prompt.id, turn.index): shapes.random_ids(turn.prompt.id, context, vocabulary)
+            for turn in plan.turns()
+        }
+    ids = {}
+    for turn in plan.turns():
+        own = dialogue.encode(
+            loaded.tokenizer,
             turn.prompt.turns[: turn.index + 1],
             answers.get(turn.prompt.id, [])[: turn.index],
             system=plan.system,
             raw=plan.raw,
         )
-        for turn in plan.turns()
-    }
+        if context is not None:
+            every = plan.prompt_set.prompts
+            others = [prompt.turns[0] for prompt in every if prompt is not turn.prompt] or list(turn.prompt.turns)
+            own = dialogue.padded(loaded.tokenizer, own, others, context)
+        ids[turn.prompt.id, turn.index] = own
+    return ids
 
 
 def exact_float32() -> None:

@@ -103,7 +103,8 @@ def view(run: Run, name: str) -> dict[str, Any]:
     def figure(kind: str, title: str, chart: alt.TopLevelMixin | None, takeaway: Callable[[], str]) -> Figure | None:
         if chart is None:
             return None
-        line = takeaway()
+        mark = "SYNTHETIC: " * any(row.synthetic for row in rows)
+        title, line = mark + title, mark + takeaway()
         # Safe as markup: charts.svg parsed it as XML and wrote it out again, so every text in it is escaped.
         return Figure(Markup(charts.svg(chart, f"{name}-{kind}", title, line)), line)
 

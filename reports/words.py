@@ -15,7 +15,10 @@ UNFAITHFUL = ("lossy_by_design", "differs")
 
 def answers(rows: Sequence[Row], device: str) -> list[str]:
     """For each target one sentence: what is fastest, what gives the most per GiB, and how sure that is."""
-    return [f"In {target} on {plain(device)}, {_answer(group)}" for target, group in grouped(rows)]
+    return [
+        f"{'SYNTHETIC: in' if group[0].synthetic else 'In'} {target} on {plain(device)}, {_answer(group)}"
+        for target, group in grouped(rows)
+    ]
 
 
 def _answer(group: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from factory import cell, failed, run, trial
 from rich.console import Console
 
+from harness.errors import UserError
 from harness.metrics import summary
 from harness.results import Run, Training, Trial
 from reports.page import render, write
@@ -38,6 +39,8 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.headings: list[str] = []
+        self.captions: list[str] = []
+        self.titles: list[str] = []
         self.open: list[str] = []
         self.feed(html)
         self.close()
@@ -54,8 +57,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] != "style":
             self.text.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+        for tag, kept in (("h2", self.headings), ("figcaption", self.captions), ("title", self.titles)):
+            if self.open and self.open[-1] == tag:
+                kept.append(data)
 
     @property
     def words(self) -> str:
@@ -218,12 +222,14 @@ def test_the_preliminary_banner_follows_the_manifest(preliminary: bool) -> None:
 
 
 def test_synthetic_trials_are_labelled_and_others_are_not() -> None:
-    made_up = method_run()
-    measured = [msgspec.structs.replace(each, synthetic=False) for each in made_up.rows]
-    assert "SYNTHETIC" in Page(render([made_up])).words
-    assert "SYNTHETIC" not in Page(render([run(*measured)])).words
-    mixed = Page(render([run(*(each for each in made_up.rows if each.cell.method == "ar"), *measured[1::2])])).words
-    assert mixed.count("SYNTHETIC") == 2, "the banner and the one row"
+    measured = method_run()
+    drawn = [msgspec.structs.replace(each, synthetic=True, drawn_acceptance=[0.7]) for each in measured.rows]
+    assert "SYNTHETIC" not in Page(render([measured])).words
+    page = Page(render([run(*drawn)]))
+    assert all("SYNTHETIC: " in line for line in (*page.captions, *page.titles))
+    assert len(page.captions) == 3
+    with pytest.raises(UserError, match="never put together"):
+        render([run(*drawn[::2], *measured.rows[1::2])])
 
 
 def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
