@@ -161,7 +161,8 @@ def build(of: ModelSource, bits: Bits, *, device: str, dtype: torch.dtype) -> An
     model = hollow(of, dtype)
     generator = torch.Generator(device).manual_seed(SEED)
     with torch.no_grad():
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:  # names: a list of modules would keep all of them
+            module = model.get_submodule(name)
             if isinstance(module, torch.nn.Linear) and bits.width < 16 and name.startswith("model.layers."):
                 _replace(model, name, _quantised(_filled(model, name, module, device, generator), bits, dtype))
             elif list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):

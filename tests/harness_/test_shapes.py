@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import bench
@@ -69,6 +70,23 @@ def test_features_above_the_outlier_threshold_exist() -> None:
     layer = loaded.model.model.layers[0]
     read_MD = layer.input_layernorm(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
     assert set((read_MD.abs() > weights.INT8_THRESHOLD).any(0).nonzero()[:, 0].tolist()) == set(range(6))
+
+
+def test_no_more_than_one_matrix_waits_to_be_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    quantised = shapes._quantised
+
+    def watched(linear: torch.nn.Linear, bits: Bits, dtype: torch.dtype) -> torch.nn.Module:
+        nonlocal most
+        alive.append(weakref.ref(linear.weight))
+        most = max(most, sum(each() is not None for each in alive))
+        return quantised(linear, bits, dtype)
+
+    monkeypatch.setattr(shapes, "_quantised", watched)
+    weights.load(TINY, Bits.parse("8"), device="cpu")
+    assert len(alive) == 8 * 7
+    assert most <= 2, "the one before may not be collected yet"
 
 
 def test_a_tied_head_is_one_tensor(tmp_path: Path) -> None:
