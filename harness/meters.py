@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ import psutil
 import torch
 
 from harness import host
-from harness.results import Memory
+from harness.results import DeviceState, Memory
 
 S = TypeVar("S")
 
@@ -33,6 +34,8 @@ class Reading:
     round_seconds: list[float]
     memory: Memory
     energy_joules: float | None
+    before: DeviceState | None
+    after: DeviceState | None
 
 
 class Gauges:
@@ -49,6 +52,10 @@ class Gauges:
 
     def energy_joules(self) -> float | None:
         """A counter that only grows."""
+        return None
+
+    def state(self) -> DeviceState | None:
+        """Clocks, temperature, power and what throttles, where the device tells."""
         return None
 
     def other_processes(self) -> int:
@@ -81,6 +88,9 @@ class AcceleratorGauges(Gauges):
     def energy_joules(self) -> float | None:
         return None if self.nvml is None else self.nvml.energy_joules()
 
+    def state(self) -> DeviceState | None:
+        return None if self.nvml is None else self.nvml.state()
+
     def other_processes(self) -> int:
         return 0 if self.nvml is None else self.nvml.other_processes()
 
@@ -101,6 +111,7 @@ def gauges(device: torch.device) -> Gauges:
 def measure(steps: Iterable[S], gauges: Gauges) -> tuple[list[S], Reading]:
     """Run `steps`, the first of which is the prefill, to their end."""
     taken: list[S] = []
+    before = gauges.state()
     gauges.reset()
     energy_before = gauges.energy_joules()
     stamps = [perf_counter()]
@@ -109,15 +120,27 @@ def measure(steps: Iterable[S], gauges: Gauges) -> tuple[list[S], Reading]:
         taken.append(step)
     gauges.synchronize()
     stamps[-1] = perf_counter()
-    energy_after = gauges.energy_joules()
+    energy_after, after = gauges.energy_joules(), gauges.state()
     reading = Reading(
         prefill_seconds=stamps[1] - stamps[0],
         decode_seconds=stamps[-1] - stamps[1],
         round_seconds=[after - before for before, after in pairwise(stamps[1:])],
         memory=gauges.memory(),
         energy_joules=None if energy_before is None or energy_after is None else energy_after - energy_before,
+        before=before,
+        after=after,
     )
     return taken, reading
+
+
+THROTTLES = {
+    0x04: "sw_power_cap",
+    0x08: "hw_slowdown",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+"""NVML's bits for clocks lowered against the user's will; idling and clocks that the user set are none of them."""
 
 
 class Nvml:
@@ -134,9 +157,36 @@ class Nvml:
             return None
         try:
             pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid(device)))
         except pynvml.NVMLError:
             return None
+        for name in nvml_names(device):
+            with suppress(pynvml.NVMLError):
+                return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+        return None
+
+    def _asked(self, question: str, *arguments: Any) -> Any:
+        """The answer, or None where this device or driver has none (a MIG instance has no clocks of its own)."""
+        try:
+            return getattr(self.library, question)(self.handle, *arguments)
+        except (self.library.NVMLError, AttributeError):
+            return None
+
+    def state(self) -> DeviceState:
+        core, memory = (
+            self._asked("nvmlDeviceGetClockInfo", kind)
+            for kind in (self.library.NVML_CLOCK_SM, self.library.NVML_CLOCK_MEM)
+        )
+        power = self._asked("nvmlDeviceGetPowerUsage")
+        reasons = self._asked("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the name before driver 535
+            reasons = self._asked("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return DeviceState(
+            core_clock_hz=None if core is None else core * 10**6,
+            memory_clock_hz=None if memory is None else memory * 10**6,
+            temperature_celsius=self._asked("nvmlDeviceGetTemperature", self.library.NVML_TEMPERATURE_GPU),
+            power_watts=None if power is None else power / 1000,
+            throttle_reasons=None if reasons is None else [name for bit, name in THROTTLES.items() if reasons & bit],
+        )
 
     def process_bytes(self) -> int | None:
         """This process's memory, context included; None where the driver does not show it (other pid namespaces)."""
@@ -153,17 +203,31 @@ class Nvml:
             return []
 
     def energy_joules(self) -> float | None:
-        try:
-            return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
-        except self.library.NVMLError:
-            return None
+        millijoules = self._asked("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else float(millijoules) / 1000
 
 
 def uuid(device: torch.device) -> str | None:
-    """As NVML writes it; None for a device that has none."""
-    if device.type != "cuda":
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    """As NVML writes it, `GPU-..` or, for a part of one, `MIG-..`; None for a device that has none."""
+    return nvml_names(device)[0] if device.type == "cuda" else None
+
+
+def nvml_names(device: torch.device) -> list[str]:
+    """Under what NVML may know a CUDA device, likeliest first.
+
+    A MIG instance is visible only where CUDA_VISIBLE_DEVICES names it, and then that name is its UUID.
+    """
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    index = device.index or 0
+    named = visible[index] if index < len(visible) else ""
+    given = [named] if named.startswith("MIG-") else []
+    return [*given, *(own if own.startswith(kind) else f"{kind}{own}" for kind in ("GPU-", "MIG-"))]
+
+
+def rss_bytes() -> int:
+    """The resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:

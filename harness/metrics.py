@@ -15,6 +15,7 @@ import msgspec
 import pandas as pd
 
 from harness.acceptance import constant_chance
+from harness.memory import Attribution, attribute
 from harness.results import BASELINE, Cell, Memory, Run, Trial, refuse_mixture
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
 
@@ -134,6 +135,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None
     peak_kind: str
     "which field of Memory `peak_bytes` is"
+    memory: Attribution | None = None
+    "of the trial that reached the peak"
     tokens_per_second_per_gib: float | None
     per_gib_relative: Interval | None = None
     "speed-up times the baseline's peak over this peak"
@@ -220,6 +223,12 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         peak = self.good.peak_bytes.max()
         return None if pd.isna(peak) else int(peak)
 
+    @property
+    def attribution(self) -> Attribution | None:
+        kind, peak = peak_kind(self.cell.device), self.peak_bytes
+        reached = (one.memory for one in self.ok if one.memory and getattr(one.memory, kind) == peak is not None)
+        return next((attribute(memory) for memory in reached), None)
+
 
 def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
     good, failed = own.good, [trial for trial in own.trials if trial.outcome != "ok"]
@@ -256,6 +265,7 @@ def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
         acceptance=acceptance_by_depth(own.ok),
         peak_bytes=peak,
         peak_kind=peak_kind(own.cell.device),
+        memory=own.attribution,
         tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
         host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
         joules_per_token=_sum_ratio(good.energy_joules, good.new_tokens),

@@ -79,6 +79,21 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int | None = None
     drafter_bytes: int | None = None
     cache_bytes: int | None = None
+    graphs_bytes: int | None = None
+    "what captured graphs hold beyond all these"
+    program_bytes: int | None = None
+    "on a CPU: resident before anything was loaded"
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """How an accelerator was doing at one moment. A field is absent (None) where the driver does not tell it."""
+
+    core_clock_hz: int | None = None
+    memory_clock_hz: int | None = None
+    temperature_celsius: int | None = None
+    power_watts: float | None = None
+    throttle_reasons: list[str] | None = None
+    "why the clocks were lowered, in NVML's words (`sw_power_cap`, `hw_thermal_slowdown`); empty: they were not"
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +148,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     "device-to-host copies of the decode loop: one a round, and one per adaptive draft step"
     memory: Memory | None = None
     energy_joules: float | None = None
+    device_before: DeviceState | None = None
+    device_after: DeviceState | None = None
 
     @property
     def key(self) -> tuple[str, int, str, int]:

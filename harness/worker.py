@@ -101,6 +101,7 @@ class Bench:
     sampler: Sampler
     prompts: dict[tuple[str, int], list[int]]
     gauges: meters.Gauges
+    program_bytes: int
     load_bytes: int | None
     limits: Limits
     judge: Judge
@@ -128,6 +129,7 @@ class Bench:
             weights_bytes=self.loaded.weight_bytes,
             drafter_bytes=self.method.drafter_bytes,
             cache_bytes=self.target.cache.bytes,
+            program_bytes=self.program_bytes,
         )
         return {
             "lossless": self.method.lossless,
@@ -147,6 +149,8 @@ class Bench:
             "host_syncs": sum(step.host_syncs for step in steps),
             "memory": memory,
             "energy_joules": reading.energy_joules,
+            "device_before": reading.before,
+            "device_after": reading.after,
             "drawn_acceptance": self.judge.chances if isinstance(self.judge, DrawnVerdicts) else None,
         }
 
@@ -168,6 +172,7 @@ def seed_of(seed: int, turn: Turn) -> int:
 def set_up(job: Job, plan: Plan) -> Bench:
     exact_float32()
     torch.manual_seed(plan.seed)
+    program_bytes = meters.rss_bytes()
     planned = plan.cells[job.cell]
     cell = planned.cell
     loaded = weights.load(
@@ -194,7 +199,9 @@ def set_up(job: Job, plan: Plan) -> Bench:
     judge: Judge = verify
     if planned.profile is not None:
         judge = DrawnVerdicts(planned.profile, plan.max_new_tokens, target.device)
-    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, load_bytes, limits, judge)
+    bench = Bench(
+        job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, judge
+    )
     bench.warm_up()
     return bench
 

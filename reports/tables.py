@@ -69,6 +69,22 @@ def break_even(row: Row) -> str:
     return f"{row.break_even_tau:.2f} ({chance})"
 
 
+def memory(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Peak memory by what holds it, GiB; one dict a row that tells it, header to text."""
+    told = [(row, row.memory) for _, group in grouped(rows) for row in group if row.memory is not None]
+    names = list(dict.fromkeys(name for _, each in told for name in each.parts))
+    return [
+        {
+            "method": method(row),
+            "bits": target_name(row.cell, [other.cell for other in rows]),
+            "peak": number(gib(each.peak_bytes), 3),
+            **{name: number(gib(each.parts.get(name)), 3) for name in names},
+            "unattributed": number(gib(each.unattributed_bytes), 3) + " (more than 2 %)" * (not each.adds_up),
+        }
+        for row, each in told
+    ]
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A GitHub table, and under it what failed and why; what could be markup in a label stays text."""
     records = table(rows)
@@ -259,6 +275,7 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
     if count := sum(row.trials_failed for row in rows):
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
+    lines += throttled(run)
     if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
         lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
     if run.manifest.isolation != "round":
@@ -266,6 +283,22 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
             "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
         )
     return lines
+
+
+def throttled(run: Run) -> list[str]:
+    """A warning where the device's clocks were lowered around some trial."""
+    reasons: list[set[str]] = []
+    for trial in run.rows:
+        states = (trial.device_before, trial.device_after)
+        reasons.append({reason for state in states if state for reason in state.throttle_reasons or ()})
+    hit = [each for each in reasons if each]
+    if not hit:
+        return []
+    named = plain(", ".join(sorted(set().union(*hit))))
+    return [
+        f"The device was throttled around {len(hit)} of {len(reasons)} trials ({named}): it ran slower than it can, "
+        "and unevenly. Cool it, raise its power limit, or lock its clocks, and measure again."
+    ]
 
 
 def number(value: float | None, digits: int) -> str:

@@ -14,6 +14,7 @@ import torch
 import prompts
 from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
+from harness.memory import attribute
 from harness.plan import Job, Plan, plan, read_request
 from harness.results import Trial, append_trial, read_trials
 from harness.weights import Bits, ModelSource
@@ -97,6 +98,11 @@ def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:
         assert trial.memory is not None
         assert trial.memory.peak_rss_bytes is not None
         assert trial.memory.peak_allocated_bytes is None
+        told = attribute(trial.memory)
+        assert told is not None
+        assert told.adds_up
+        assert told.parts["weights"] > 0 < told.parts["program"]
+        assert (trial.device_before, trial.device_after) == (None, None)
         assert trial.energy_joules is None
 
 
