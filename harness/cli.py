@@ -75,6 +75,9 @@ def run(
     out: Annotated[str | None, Parameter(help="Directory of the run; an unfinished one goes on.")] = None,
     config: Annotated[Path | None, Parameter(help="TOML file with these options; the command line wins.")] = None,
     context: Annotated[str | None, Parameter(help="Tokens prefilled before each answer: `1k,4k`.")] = None,
+    vram_budget: Annotated[
+        str | None, Parameter(help="Cap each cell's memory: 8GiB. What does not fit is a row that says so.")
+    ] = None,
     acceptance: Annotated[
         str | None, Parameter(help="SYNTHETIC: draw it: 0.7,0.6 by depth, tau:2.5, published:NAME, from:RUN.")
     ] = None,
@@ -215,10 +218,12 @@ def _show_result(directory: Path) -> int:
     """Table and paths; exit status 1 where nothing could be measured."""
     from harness import metrics, terminal
     from harness.results import read_run
-    from reports import tables
+    from reports import tables, words
 
     run = read_run(directory)
     rows = metrics.summary(run)
+    for line in words.fitting(rows, run.manifest.vram_budget_bytes):
+        print(line)
     terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
     return 0 if any(row.outcome == "ok" for row in run.rows) else 1
 

@@ -50,6 +50,14 @@ class Gauges:
     def allocated_bytes(self) -> int | None:
         return None
 
+    def refuse_beyond(self, budget_bytes: int) -> None:
+        """Raises MemoryError where the process has been larger; nothing can cap a CPU's resident set from within."""
+        peak = peak_rss_bytes()
+        if peak > budget_bytes:
+            raise MemoryError(
+                f"over the budget: {peak / 2**30:.3f} GiB were resident at the peak, {budget_bytes / 2**30:.3f} allowed"
+            )
+
     def energy_joules(self) -> float | None:
         """A counter that only grows."""
         return None
@@ -82,6 +90,9 @@ class AcceleratorGauges(Gauges):
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.device)
 
+    def refuse_beyond(self, budget_bytes: int) -> None:
+        """Nothing to do: `cap` has told the allocator."""
+
     def allocated_bytes(self) -> int | None:
         return torch.accelerator.memory.memory_allocated(self.device) if self.keeps_peaks else None
 
@@ -102,6 +113,13 @@ class AcceleratorGauges(Gauges):
             process_bytes=None if self.nvml is None else self.nvml.process_bytes(),
             peak_rss_bytes=peak_rss_bytes(),
         )
+
+
+def cap(device: torch.device, budget_bytes: int) -> None:
+    """Let this process's allocator reserve no more. The device's context, some 0.5 GiB, is not its own."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
 
 
 def gauges(device: torch.device) -> Gauges:

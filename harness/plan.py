@@ -55,6 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     "draw how much is accepted instead of asking the target: `0.7,0.6`, `tau:2.5`, `published:NAME`, `from:RUN`"
     context: str | int | list[str | int] | None = None
     "prefill so many tokens before each answer: `1k,4k`; None: the prompts as they are, and 512 for a shape"
+    vram_budget: str | int | None = None
+    "cap what each cell may allocate: `8GiB`"
     device: str = "auto"
     dtype: str | None = None
     system: str | None = None
@@ -108,6 +110,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     preliminary: bool
     acceptance: str | None = None
     "where drawn acceptance comes from, as the user wrote it"
+    vram_budget_bytes: int | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -277,6 +280,21 @@ def _tokens(text: str) -> int:
     return int(found[1]) * (1024 if found[2] else 1)
 
 
+def _budget(wanted: str | int, device: str) -> int:
+    """`8GiB`, `8GB`, `512MiB`, or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(wanted).strip(), re.IGNORECASE)
+    size = (
+        0
+        if found is None
+        else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    )
+    if not size:
+        raise UserError(f"a memory budget of {wanted!r} means nothing: give 8GiB, 8GB or 512MiB")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"the allocator of {device} cannot be capped: --vram-budget works on cuda, and on a CPU")
+    return size
+
+
 # --- what will be run ------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +342,7 @@ def plan(
         preliminary=rounds < PUBLISHABLE_ROUNDS
         or (not shape and (request.prompts == "quick" or request.limit is not None)),
         acceptance=None if drawn is None else drawn.said,
+        vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
     )
 
 

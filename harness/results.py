@@ -206,6 +206,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     executor: str = "local"
     synthetic: bool = False
     "as in each trial: a run is synthetic as a whole or not at all"
+    vram_budget_bytes: int | None = None
+    "what each cell's allocator was allowed (on a CPU: the resident set that it was held against)"
     acceptance: str | None = None
     "where drawn acceptance comes from, as the user wrote it"
     preliminary: bool = False

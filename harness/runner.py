@@ -22,7 +22,7 @@ from harness.weights import ModelSource
 
 IDENTITY = (
     *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
-    *("system", "raw", "acceptance"),
+    *("system", "raw", "acceptance", "vram_budget_bytes"),
 )
 """Fields of a manifest that must not change when a run goes on."""
 
@@ -100,6 +100,7 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         raw=plan.raw,
         synthetic=plan.synthetic,
         acceptance=plan.acceptance,
+        vram_budget_bytes=plan.vram_budget_bytes,
         preliminary=plan.preliminary,
         host=host.facts(plan.device),
         versions=host.versions(),

@@ -122,6 +122,7 @@ class Bench:
         started = time.time()
         rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.judge)
         (prefill, *steps), reading = meters.measure(rounds, self.gauges)
+        self.refuse_beyond_budget()
         new_tokens = [token for step in (prefill, *steps) for token in step.committed]
         memory = msgspec.structs.replace(
             reading.memory,
@@ -154,6 +155,11 @@ class Bench:
             "drawn_acceptance": self.judge.chances if isinstance(self.judge, DrawnVerdicts) else None,
         }
 
+    def refuse_beyond_budget(self) -> None:
+        """Raises MemoryError where the run has a budget, and this device no means to enforce it."""
+        if self.plan.vram_budget_bytes is not None:
+            self.gauges.refuse_beyond(self.plan.vram_budget_bytes)
+
     def _texts(self, new_tokens: list[int]) -> dict[str, Any]:
         """Nothing for a model without a tokenizer."""
         tokenizer = self.loaded.tokenizer
@@ -175,6 +181,8 @@ def set_up(job: Job, plan: Plan) -> Bench:
     program_bytes = meters.rss_bytes()
     planned = plan.cells[job.cell]
     cell = planned.cell
+    if plan.vram_budget_bytes is not None:
+        meters.cap(torch.device(cell.device), plan.vram_budget_bytes)
     loaded = weights.load(
         job.source,
         Bits.parse(cell.bits),
@@ -203,6 +211,7 @@ def set_up(job: Job, plan: Plan) -> Bench:
         job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, judge
     )
     bench.warm_up()
+    bench.refuse_beyond_budget()
     return bench
 
 

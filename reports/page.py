@@ -117,7 +117,7 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "groups": tables.grouped(rows),
         "strips": {row.cell.id: strip(row.speedup) for row in rows if row.speedup},
         "synthetic": any(row.synthetic for row in rows),
-        "answers": words.answers(rows, device),
+        "answers": [*words.fitting(rows, run.manifest.vram_budget_bytes), *words.answers(rows, device)],
         "against_itself": words.against_itself(rows),
         "scatter": figure(
             "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)

@@ -19,7 +19,7 @@ from harness.metrics import summary
 from harness.results import Run, Training, Trial
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
-from reports.words import answers
+from reports.words import answers, fitting
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7*7 }}&amp;</style>|`*_"""
@@ -230,6 +230,35 @@ def test_synthetic_trials_are_labelled_and_others_are_not() -> None:
     assert len(page.captions) == 3
     with pytest.raises(UserError, match="never put together"):
         render([run(*drawn[::2], *measured.rows[1::2])])
+
+
+def test_a_budget_is_answered_over_all_bits() -> None:
+    def cells(bits: str, seconds: float, gib: int) -> list[Trial]:
+        own = [cell(name, bits=bits, context=512) for name in ("ar", "s3d")]
+        return [
+            trial(own[0], [1] * 4, 0.1, peak_bytes=gib * 2**30),
+            trial(own[1], [2, 2], seconds, peak_bytes=gib * 2**30),
+        ]
+
+    eagle = failed(cell("eagle", bits="16", context=512))
+    told = summary(run(*cells("16", 0.05, 6), *cells("nf4", 0.12, 2), eagle))
+    (line,) = fitting(told, 8 * 2**30)
+    assert line == (
+        "Within 8 GiB fastest is s3d in 16 bits (40.0 tok/s, peak 6.00 GiB), then s3d in 4 bits (nf4) (16.7 tok/s, "
+        "peak 2.00 GiB), then ar in 16 bits (10.0 tok/s, peak 6.00 GiB); 1 of 5 cells do not fit."
+    )
+    assert fitting(told, None) == []
+    (nothing,) = fitting(summary(run(eagle)), 2**30)
+    assert nothing == "Within 1 GiB nothing that was planned runs; 1 of 1 cells do not fit."
+    page = Page(render([run(*cells("16", 0.05, 6), vram_budget_bytes=8 * 2**30)])).words
+    assert "Within 8 GiB fastest is s3d in 16 bits" in page
+
+
+def test_the_longest_context_that_fits_is_told() -> None:
+    trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
+    out = failed(cell("s3d", context=16384))
+    (line,) = fitting(summary(run(*trials, trial(cell(context=16384)), out)), None)
+    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384, s3d in 32 bits 4,096."
 
 
 def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
