@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.draft import Draft
 from harness.method import Method
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.verify import Verdict, verify
 
-Judge = Callable[..., Verdict]
-"takes what `harness.verify.verify` takes"
+Redraw = Callable[[Draft, Verdict], Verdict]
+"puts another verdict in the place of the target's own"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ class Step:
 
 @torch.inference_mode()
 def decode(
-    target: Target, method: Method, prompt: Sequence[int], limits: Limits, sampler: Sampler, judge: Judge = verify
+    target: Target,
+    method: Method,
+    prompt: Sequence[int],
+    limits: Limits,
+    sampler: Sampler,
+    redraw: Redraw | None = None,
 ) -> Iterator[Step]:
     """Decode one text, yielding after every round, so that whoever consumes it can hold a stopwatch."""
     prompt_scores = target.prefill(prompt)
@@ -63,7 +69,9 @@ def decode(
     while not limits.reached(new_tokens):
         draft = method.propose(tokens)
         scores = target.score(tokens[-1], draft)
-        verdict = judge(draft, scores.logits_MV, sampler, method.rule)
+        verdict = verify(draft, scores.logits_MV, sampler, method.rule)
+        if redraw is not None:
+            verdict = redraw(draft, verdict)
         target.keep(verdict, draft)
         nodes, accepted, bonus = verdict.host()
         committed = limits.clip([*accepted, bonus], len(new_tokens))

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from harness.acceptance import Profile
 from harness.draft import Draft, Shape
-from harness.sampling import Sampler
-from harness.verify import Typical, Verdict, verdict_at, verify
+from harness.verify import Verdict, verdict_at
 
 
 class DrawnVerdicts:
-    """Takes the place of `verify`. The same seed draws the same numbers, whatever the method."""
+    """Turns the target's verdict on a draft into a drawn one. The same seed draws the same, whatever the method."""
 
     def __init__(self, profile: Profile, rounds: int, device: torch.device) -> None:
         """`rounds`: a text's rounds at most; later ones, of a warm-up say, begin again."""
@@ -34,8 +33,7 @@ class DrawnVerdicts:
         """By depth, for the deepest draft so far."""
         return list(self.profile.by_depth(max(self._drawn, default=0)))
 
-    def __call__(self, draft: Draft, logits_MV: Tensor, sampler: Sampler, rule: Typical | None = None) -> Verdict:
-        judged = verify(draft, logits_MV, sampler, rule)
+    def __call__(self, draft: Draft, judged: Verdict) -> Verdict:
         longest = draft.shape.longest
         if longest == 0:
             return judged

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from harness import chat, child, dialogue, meters, method, shapes, weights
-from harness.decode import Judge, Limits, decode
+from harness.decode import Limits, decode
 from harness.drawn import DrawnVerdicts
 from harness.errors import UserError
 from harness.method import Method
@@ -27,7 +27,6 @@ from harness.plan import Job, Plan, Turn
 from harness.results import Outcome, append_trial, read_trials
 from harness.sampling import Sampler
 from harness.target import Target
-from harness.verify import verify
 from harness.weights import Bits, LoadedModel
 
 WARM_UP_TOKENS = 8
@@ -104,12 +103,12 @@ class Bench:
     program_bytes: int
     load_bytes: int | None
     limits: Limits
-    judge: Judge
+    redraw: DrawnVerdicts | None
 
     def warm_up(self) -> None:
         first = next(iter(self.prompts.values()))
         limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens), self.limits.end_ids)
-        for _ in decode(self.target, self.method, first, limits, self.sampler, self.judge):
+        for _ in decode(self.target, self.method, first, limits, self.sampler, self.redraw):
             pass
 
     def trial(self, turn: Turn) -> dict[str, Any]:
@@ -117,10 +116,10 @@ class Bench:
         prompt = self.prompts[turn.prompt.id, turn.index]
         assert self.sampler.generator is not None
         self.sampler.generator.manual_seed(seed_of(self.plan.seed, turn))
-        if isinstance(self.judge, DrawnVerdicts):
-            self.judge.seed(seed_of(self.plan.seed, turn))
+        if self.redraw is not None:
+            self.redraw.seed(seed_of(self.plan.seed, turn))
         started = time.time()
-        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.judge)
+        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.redraw)
         (prefill, *steps), reading = meters.measure(rounds, self.gauges)
         self.refuse_beyond_budget()
         new_tokens = [token for step in (prefill, *steps) for token in step.committed]
@@ -152,7 +151,7 @@ class Bench:
             "energy_joules": reading.energy_joules,
             "device_before": reading.before,
             "device_after": reading.after,
-            "drawn_acceptance": self.judge.chances if isinstance(self.judge, DrawnVerdicts) else None,
+            "drawn_acceptance": None if self.redraw is None else self.redraw.chances,
         }
 
     def refuse_beyond_budget(self) -> None:
@@ -204,11 +203,10 @@ def set_up(job: Job, plan: Plan) -> Bench:
     # Random weights say nothing, and so never that a text is over.
     ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
     limits, load_bytes = Limits(plan.max_new_tokens, ends), gauges.allocated_bytes()
-    judge: Judge = verify
-    if planned.profile is not None:
-        judge = DrawnVerdicts(planned.profile, plan.max_new_tokens, target.device)
+    profile = planned.profile
+    redraw = None if profile is None else DrawnVerdicts(profile, plan.max_new_tokens, target.device)
     bench = Bench(
-        job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, judge
+        job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, redraw
     )
     bench.warm_up()
     bench.refuse_beyond_budget()

@@ -35,7 +35,7 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
     ranked = sorted(sure, key=lambda row: -(row.decode_tokens_per_second or 0.0))
     where = f" at {context:,} tokens of context" * (len(contexts) > 1 and context is not None)
     text = "SYNTHETIC: within" if any(row.synthetic for row in here) else "Within"
-    text += f" {budget_bytes / GIB:g} GiB{where} "
+    text += f" {budget_bytes / GIB:.3g} GiB{where} "
     out = sum(map(_ran_out, here))
     tail = f"; {out} of {len(here)} cells do not fit." if out else "; every cell fits."
     if not ranked:

@@ -21,6 +21,7 @@ from harness.drawn import DrawnVerdicts
 from harness.errors import UserError
 from harness.results import append_trial, write_manifest
 from harness.target import Target
+from harness.verify import verify
 
 CPU = torch.device("cpu")
 ROUNDS = 4000
@@ -83,10 +84,11 @@ def test_a_mistake_is_one_line(text: str) -> None:
 
 def accepted(draft: Draft, profile: Profile, seed: int = 0, rounds: int = ROUNDS) -> list[list[int]]:
     """Accepted nodes of each round."""
-    judge = DrawnVerdicts(profile, rounds, CPU)
-    judge.seed(seed)
+    redraw = DrawnVerdicts(profile, rounds, CPU)
+    redraw.seed(seed)
     logits_MV = torch.randn(len(draft) + 1, 16)
-    return [judge(draft, logits_MV, bench.sampler()).host().nodes for _ in range(rounds)]
+    judged = verify(draft, logits_MV, bench.sampler())
+    return [redraw(draft, judged).host().nodes for _ in range(rounds)]
 
 
 def shares(counts: Sequence[int], depths: int) -> list[float]:
@@ -120,10 +122,10 @@ def test_a_seed_repeats_the_draws_and_another_gives_others() -> None:
 
 
 def test_nothing_drafted_is_judged_as_ever() -> None:
-    judge = DrawnVerdicts(Profile(chances=(1.0,)), 10, CPU)
-    logits_1V = torch.randn(1, 16)
-    assert judge(nothing(CPU), logits_1V, bench.sampler()).host() == ([], [], int(logits_1V.argmax()))
-    assert judge.chances == []
+    redraw = DrawnVerdicts(Profile(chances=(1.0,)), 10, CPU)
+    judged = verify(nothing(CPU), torch.randn(1, 16), bench.sampler())
+    assert redraw(nothing(CPU), judged) is judged
+    assert redraw.chances == []
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0])
@@ -132,8 +134,8 @@ def test_the_loop_takes_a_drawn_verdict_for_the_targets_own(chance: float) -> No
     target = Target(tiny("llama"), capacity=bench.CAPACITY)
     method = bench.load("prompt-lookup", target, None, gamma=3)
     prompt, limits = bench.text(20, 128) * 2, Limits(24)
-    judge = DrawnVerdicts(Profile(chances=(chance,)), 24, CPU)
-    _, *steps = decode(target, method, prompt, limits, bench.sampler(), judge)
+    redraw = DrawnVerdicts(Profile(chances=(chance,)), 24, CPU)
+    _, *steps = decode(target, method, prompt, limits, bench.sampler(), redraw)
     assert any(step.drafted for step in steps)
     assert all(step.accepted == chance * step.drafted for step in steps)
     assert sum(len(step.committed) for step in steps) == 23

@@ -328,11 +328,10 @@ def test_a_verdict_brings_nothing_to_the_host_by_itself(drafting: Drafting, temp
     draft = drafting(Sampler(1.0, 1.0, torch.Generator()))
     logits_MV = torch.randn(len(draft) + 1, V)
     typical = verify_typical if temperature else None
-    judge = DrawnVerdicts(Profile(chances=(0.5,)), 4, torch.device("cpu"))
-    judge(draft, logits_MV, sampler)
+    redraw = DrawnVerdicts(Profile(chances=(0.5,)), 4, torch.device("cpu"))
+    redraw(draft, verify(draft, logits_MV, sampler))
     with Brought() as brought:
-        verify(draft, logits_MV, sampler)
-        judge(draft, logits_MV, sampler)
+        redraw(draft, verify(draft, logits_MV, sampler))
         if typical:
             typical(draft, torch.softmax(logits_MV, -1), sampler, Typical())
     assert brought.count == 0
