@@ -46,8 +46,8 @@ class LoRA(nn.Module):
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
             if not self._on:
                 return None
-            low = F.linear(inputs[0], pair["a"].to(out.dtype)).flatten(0, -2)
-            return torch.addmm(out.flatten(0, -2), low, pair["b"].to(out.dtype).t()).view_as(out)
+            low = F.linear(inputs[0], pair["a"].to(out)).flatten(0, -2)
+            return torch.addmm(out.flatten(0, -2), low, pair["b"].to(out).t()).view_as(out)
 
         return add
 

@@ -82,6 +82,7 @@ def run(
         str | None, Parameter(help="SYNTHETIC: draw it: 0.7,0.6 by depth, tau:2.5, published:NAME, from:RUN.")
     ] = None,
     device: Annotated[str | None, Parameter(help="auto, cuda, xpu, mps or cpu.")] = None,
+    device_map: Annotated[str | None, Parameter(help="auto or balanced: spread the target over all GPUs.")] = None,
     dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
     system: Annotated[str | None, Parameter(help="System message.")] = None,
     raw: Annotated[bool | None, _flag("Give prompts as they are, without the chat template.")] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -122,7 +122,35 @@ def cap(device: torch.device, budget_bytes: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
 
 
-def gauges(device: torch.device) -> Gauges:
+class ShardedGauges(AcceleratorGauges):
+    """Several accelerators of one kind: a peak each, and no energy, temperature or process memory of them together."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__(devices[0])
+        self.devices, self.nvml = devices, None
+
+    def reset(self) -> None:
+        self.synchronize()
+        for device in self.devices:
+            torch.accelerator.memory.reset_peak_memory_stats(device)
+
+    def synchronize(self) -> None:
+        for device in self.devices:
+            torch.accelerator.synchronize(device)
+
+    def allocated_bytes(self) -> int | None:
+        return sum(torch.accelerator.memory.memory_allocated(device) for device in self.devices)
+
+    def memory(self) -> Memory:
+        peaks = {str(device): torch.accelerator.memory.max_memory_allocated(device) for device in self.devices}
+        return Memory(peak_allocated_by_device=peaks, peak_rss_bytes=peak_rss_bytes())
+
+
+def gauges(device: torch.device, layers: Sequence[torch.device] = ()) -> Gauges:
+    """For a target whose inputs are on `device` and whose layers are on these."""
+    devices = list(dict.fromkeys((device, *layers)))
+    if len(devices) > 1:
+        return ShardedGauges(devices)
     return Gauges() if device.type == "cpu" else AcceleratorGauges(device)
 
 

@@ -135,6 +135,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None
     peak_kind: str
     "which field of Memory `peak_bytes` is"
+    peak_by_device: dict[str, int] = {}
+    "bytes, of a target on several devices, which has no `peak_bytes`"
     memory: Attribution | None = None
     "of the trial that reached the peak"
     tokens_per_second_per_gib: float | None
@@ -224,6 +226,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         return None if pd.isna(peak) else int(peak)
 
     @property
+    def peak_by_device(self) -> dict[str, int]:
+        """The largest of all trials, a device."""
+        peaks: dict[str, int] = {}
+        for trial in self.ok:
+            for device, peak in ((trial.memory and trial.memory.peak_allocated_by_device) or {}).items():
+                peaks[device] = max(peak, peaks.get(device, 0))
+        return peaks
+
+    @property
     def attribution(self) -> Attribution | None:
         kind, peak = peak_kind(self.cell.device), self.peak_bytes
         reached = (one.memory for one in self.ok if one.memory and getattr(one.memory, kind) == peak is not None)
@@ -265,6 +276,7 @@ def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
         acceptance=acceptance_by_depth(own.ok),
         peak_bytes=peak,
         peak_kind=peak_kind(own.cell.device),
+        peak_by_device=own.peak_by_device,
         memory=own.attribution,
         tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
         host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
@@ -456,7 +468,7 @@ _TEXT = (
 _MEASURED = (
     *("prompt_tokens", "new_tokens", "decode_tokens", "verify_passes", "prefill_seconds", "decode_seconds"),
     *("drafted_tokens", "accepted_tokens", "repeated_tokens", "fresh_tokens", "fresh_passes", "host_syncs"),
-    *("energy_joules", "peak_bytes", *Memory.__struct_fields__),
+    *("energy_joules", "peak_bytes", *(name for name in Memory.__struct_fields__ if not name.endswith("by_device"))),
 )
 _COLUMNS = {
     **dict.fromkeys(_TEXT, "object"),

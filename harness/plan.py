@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -55,6 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     "draw how much is accepted instead of asking the target: `0.7,0.6`, `tau:2.5`, `published:NAME`, `from:RUN`"
     context: str | int | list[str | int] | None = None
     "prefill so many tokens before each answer: `1k,4k`; None: the prompts as they are, and 512 for a shape"
+    device_map: Literal["auto", "balanced"] | None = None
+    "spread the target over all GPUs, as accelerate does"
     vram_budget: str | int | None = None
     "cap what each cell may allocate: `8GiB`"
     device: str = "auto"
@@ -111,6 +113,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     acceptance: str | None = None
     "where drawn acceptance comes from, as the user wrote it"
     vram_budget_bytes: int | None = None
+    device_map: str | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -310,6 +313,10 @@ def plan(
     shape = source.kind == "shape"
     if shape and (request.raw or request.system is not None):
         raise UserError("a shape has no tokenizer, so neither --raw nor --system means anything: drop them")
+    if request.device_map is not None and shape:
+        raise UserError("a shape is made on one device: drop --device-map")
+    if request.device_map is not None and _runtimes(request.runtime) != ["eager"]:
+        raise UserError("a model spread over several devices runs in the eager runtime only: drop --device-map")
     if request.raw and request.system is not None:
         raise UserError("--system needs the chat template that --raw leaves out: drop one of them")
     wanted = specs(request.methods)
@@ -343,6 +350,7 @@ def plan(
         or (not shape and (request.prompts == "quick" or request.limit is not None)),
         acceptance=None if drawn is None else drawn.said,
         vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
+        device_map=request.device_map,
     )
 
 

@@ -109,7 +109,13 @@ def load_precisely(plan: Plan) -> LoadedModel:
     """32 bits; 16 where the model would not fit an accelerator comfortably."""
 
     def load(bits: Bits) -> LoadedModel:
-        return weights.load(plan.model, bits, device=plan.device, trust_remote_code=plan.trust_remote_code)
+        return weights.load(
+            plan.model,
+            bits,
+            device=plan.device,
+            device_map=plan.device_map,
+            trust_remote_code=plan.trust_remote_code,
+        )
 
     if plan.device == "cpu":
         return load(Bits(32))

@@ -71,6 +71,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     "allocated after loading the target and the drafter, before the first prompt"
     peak_allocated_bytes: int | None = None
     "largest sum of live tensors on the accelerator during the trial"
+    peak_allocated_by_device: dict[str, int] | None = None
+    "of a target on several devices, which has no single peak: theirs are not reached at the same time"
     peak_reserved_bytes: int | None = None
     process_bytes: int | None = None
     "NVML's figure for the process, device context included"
@@ -206,6 +208,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     executor: str = "local"
     synthetic: bool = False
     "as in each trial: a run is synthetic as a whole or not at all"
+    device_map: str | None = None
+    "how the target was spread over several devices"
     vram_budget_bytes: int | None = None
     "what each cell's allocator was allowed (on a CPU: the resident set that it was held against)"
     acceptance: str | None = None

@@ -22,7 +22,7 @@ from harness.weights import ModelSource
 
 IDENTITY = (
     *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
-    *("system", "raw", "acceptance", "vram_budget_bytes"),
+    *("system", "raw", "acceptance", "vram_budget_bytes", "device_map"),
 )
 """Fields of a manifest that must not change when a run goes on."""
 
@@ -101,6 +101,7 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         synthetic=plan.synthetic,
         acceptance=plan.acceptance,
         vram_budget_bytes=plan.vram_budget_bytes,
+        device_map=plan.device_map,
         preliminary=plan.preliminary,
         host=host.facts(plan.device),
         versions=host.versions(),

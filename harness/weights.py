@@ -131,9 +131,10 @@ def load(
     *,
     device: str,
     dtype: torch.dtype | str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """The model on `device` (`auto`: spread over all of them), fetched first where it is not here yet.
+    """The model on `device`, or spread over all of its kind as accelerate's `device_map` says; fetched where need be.
 
     `dtype` (or its name) replaces what activations are computed in: float16 for bfloat16 at 16 bits; anything at 8 and
     4, where it is float32 on a CPU and bfloat16 elsewhere. The attention implementation is the caller's to set. Raises
@@ -155,7 +156,7 @@ def load(
             model, info = causal_lm.from_pretrained(
                 directory,
                 dtype=compute,
-                device_map="auto" if device == "auto" else {"": device},
+                device_map=device_map or {"": device},
                 quantization_config=_quantization(bits, compute),
                 use_safetensors=True,
                 output_loading_info=True,
@@ -168,6 +169,8 @@ def load(
             f"the weights of {source.name} lack {len(missing)} tensors, {missing[0]} the first, which would be made up "
             "at random: give a complete causal language model"
         )
+    if device_map is not None:
+        _refuse_offloading(source.name, model, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     except (OSError, ValueError) as error:
@@ -182,6 +185,13 @@ def _random(source: ModelSource, bits: Bits, device: str, compute: torch.dtype) 
     with _quiet():
         model = shapes.build(source, bits, device=device, dtype=compute)
     return LoadedModel(model, None, source, bits, compute, shapes.identity(source), weight_bytes(model))
+
+
+def _refuse_offloading(name: str, model: nn.Module, device: str) -> None:
+    """accelerate puts on the CPU, or on the disk, what its device map finds no room for."""
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    if kinds != {torch.device(device).type}:
+        raise UserError(f"{name} does not fit the {device} devices together: choose fewer --bits, or more devices")
 
 
 # --- where the files are ---------------------------------------------------------------------------------------------

@@ -187,6 +187,7 @@ def set_up(job: Job, plan: Plan) -> Bench:
         Bits.parse(cell.bits),
         device=cell.device,
         dtype=cell.dtype,
+        device_map=plan.device_map,
         trust_remote_code=plan.trust_remote_code,
     )
     answers = msgspec.json.decode(Path(job.first_answers).read_bytes(), type=dict[str, list[str]])
@@ -199,7 +200,7 @@ def set_up(job: Job, plan: Plan) -> Bench:
         target, decoder = seat(loaded.model, spec, drafter, sampler, room)
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(str(error)) from error
-    gauges = meters.gauges(target.device)
+    gauges = meters.gauges(target.device, target.trunk.devices)
     # Random weights say nothing, and so never that a text is over.
     ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
     limits, load_bytes = Limits(plan.max_new_tokens, ends), gauges.allocated_bytes()

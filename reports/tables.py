@@ -53,7 +53,7 @@ def record(row: Row, among: Sequence[Row]) -> dict[str, str]:
         "τ": number(row.tau, 2),
         **synthetic,
         "acceptance by depth": acceptance(row),
-        "peak GiB": number(gib(row.peak_bytes), 3),
+        "peak GiB": peak(row),
         "tok/s per GiB": number(row.tokens_per_second_per_gib, 1),
         "identical to the target?": verdict(row),
     }
@@ -67,6 +67,13 @@ def break_even(row: Row) -> str:
         "no acceptance is enough" if row.break_even_chance is None else f"{row.break_even_chance:.2f} at each depth"
     )
     return f"{row.break_even_tau:.2f} ({chance})"
+
+
+def peak(row: Row) -> str:
+    """GiB; of each device by itself where there are several."""
+    if row.peak_by_device:
+        return "; ".join(f"{device} {number(gib(size), 3)}" for device, size in row.peak_by_device.items())
+    return number(gib(row.peak_bytes), 3)
 
 
 def memory(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -145,7 +152,7 @@ def _terminal_record(row: Row) -> dict[str, str]:
         "τ": number(row.tau, 2),
         **({"break-\neven τ": number(row.break_even_tau, 2)} if row.synthetic else {}),
         "accepted\nby depth": acceptance(row, depths=3).replace("0.", "."),
-        "peak\nGiB": number(gib(row.peak_bytes), 3),
+        "peak\nGiB": peak(row),
         "tok/s\nper GiB": number(row.tokens_per_second_per_gib, 1),
         "identical?": _short_verdict(row),
     }

@@ -18,7 +18,7 @@ from harness.memory import attribute
 from harness.metrics import summary
 from harness.results import DeviceState, Memory
 from reports.tables import memory as memory_table
-from reports.tables import warnings
+from reports.tables import record, warnings
 
 MIB = 2**20
 ACCELERATOR = Memory(
@@ -82,6 +82,30 @@ def test_the_table_has_the_parts_of_the_trial_that_reached_the_peak() -> None:
     assert line["peak"] == "1.270"
     assert line["drafter"] == "0.098"
     assert line["unattributed"] == "0.010"
+
+
+def test_several_devices_have_a_peak_each_and_none_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the allocators; that two of them hold one model cannot be shown without two devices."""
+    asked: list[str] = []
+    peaks = {"cuda:0": 3 * MIB, "cuda:1": 5 * MIB}
+    allocator = SimpleNamespace(
+        max_memory_allocated=lambda device: peaks[str(device)],
+        memory_allocated=lambda device: peaks[str(device)] // 2,
+        reset_peak_memory_stats=lambda device: asked.append(str(device)),
+    )
+    monkeypatch.setattr(torch, "accelerator", SimpleNamespace(memory=allocator, synchronize=lambda device: None))
+    monkeypatch.setattr(meters.Nvml, "find", lambda device: None)
+    gauges = meters.gauges(torch.device("cuda:0"), [torch.device("cuda:0"), torch.device("cuda:1")] * 2)
+    gauges.reset()
+    assert asked == list(peaks)
+    memory = gauges.memory()
+    assert memory.peak_allocated_by_device == peaks
+    assert memory.peak_allocated_bytes is None
+    other = msgspec.structs.replace(memory, peak_allocated_by_device={"cuda:0": 4 * MIB, "cuda:1": MIB})
+    (row,) = summary(run(trial(cell(), memory=memory), trial(cell(), memory=other, prompt_id="p1")))
+    assert row.peak_by_device == {"cuda:0": 4 * MIB, "cuda:1": 5 * MIB}
+    assert row.tokens_per_second_per_gib is None
+    assert record(row, [row])["peak GiB"] == "cuda:0 0.004; cuda:1 0.005"
 
 
 # --- NVML ------------------------------------------------------------------------------------------------------------

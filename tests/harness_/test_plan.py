@@ -186,6 +186,7 @@ def test_cells_in_another_dtype_are_another_target() -> None:
         ({"vram_budget": "much"}, "give 8GiB"),
         ({"vram_budget": "0GiB"}, "give 8GiB"),
         ({"vram_budget": "8GiB", "device": "mps"}, "cannot be capped"),
+        ({"device_map": "sideways"}, "device_map"),
         ({"context": "0"}, "1k,4k"),
         ({"context": "1k,1024"}, "the same cell twice"),
         ({"acceptance": "most"}, "no chance"),
