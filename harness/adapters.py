@@ -62,8 +62,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x)
-        low = F.linear(x, self.pair.a.to(out.dtype)).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), low, self.pair.b.to(out.dtype).t()).view_as(out)
+        low = F.linear(x, self.pair.a.to(out)).flatten(0, -2)
+        return torch.addmm(out.flatten(0, -2), low, self.pair.b.to(out).t()).view_as(out)
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:

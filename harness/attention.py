@@ -281,6 +281,7 @@ def attend_view(
     keys, values = view.store(layer, key, value)
     causal = softcap is None and view.causal(layer)
     mask = None if causal else view.mask(layer, query.shape[1] // keys.shape[1])
+    mask = None if mask is None else mask.to(query.device)
     out = attend(query, keys, values, mask=mask, causal=causal, scale=scaling, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 

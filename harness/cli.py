@@ -62,7 +62,9 @@ def run(
     *,
     methods: Annotated[str | None, Parameter(help="Decoders with options: `s3d:k=4:keep=3+7,eagle`.")] = None,
     bits: Annotated[str | None, Parameter(help="Precisions: 32, 16, 8 (8:t0 sets LLM.int8's threshold), 4.")] = None,
-    model: Annotated[str | None, Parameter(help="Hub id or directory; default: a small chat model.")] = None,
+    model: Annotated[
+        str | None, Parameter(help="Hub id, directory, or shape:NAME (no weights); default: a small chat model.")
+    ] = None,
     prompts: Annotated[str | None, Parameter(help="standard, quick, a JSONL file, or hf:org/name.")] = None,
     limit: Annotated[int | None, Parameter(help="So many prompts, spread over the categories.")] = None,
     max_new_tokens: Annotated[int | None, Parameter(help="Length of an answer; 32 on a CPU, else 128.")] = None,
@@ -72,7 +74,15 @@ def run(
     seed: Annotated[int | None, Parameter(help="Of sampling and of the order of cells.")] = None,
     out: Annotated[str | None, Parameter(help="Directory of the run; an unfinished one goes on.")] = None,
     config: Annotated[Path | None, Parameter(help="TOML file with these options; the command line wins.")] = None,
+    context: Annotated[str | None, Parameter(help="Tokens prefilled before each answer: `1k,4k`.")] = None,
+    vram_budget: Annotated[
+        str | None, Parameter(help="Cap each cell's memory: 8GiB. What does not fit is a row that says so.")
+    ] = None,
+    acceptance: Annotated[
+        str | None, Parameter(help="SYNTHETIC: draw it: 0.7,0.6 by depth, tau:2.5, published:NAME, from:RUN.")
+    ] = None,
     device: Annotated[str | None, Parameter(help="auto, cuda, xpu, mps or cpu.")] = None,
+    device_map: Annotated[str | None, Parameter(help="auto or balanced: spread the target over all GPUs.")] = None,
     dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
     system: Annotated[str | None, Parameter(help="System message.")] = None,
     raw: Annotated[bool | None, _flag("Give prompts as they are, without the chat template.")] = None,
@@ -157,11 +167,19 @@ def train(
 def make_plan(request: Request) -> Plan:
     """Raises UserError."""
     import prompts
-    from harness import host, weights
+    from harness import host, shapes, weights
     from harness.plan import plan
 
-    device, prompt_set = host.choose_device(request.device), prompts.load(request.prompts, limit=request.limit)
-    return plan(request, source=weights.resolve(request.model), device=device, prompt_set=prompt_set)
+    device, source = host.choose_device(request.device), weights.resolve(request.model)
+    if source.kind != "shape":
+        prompt_set = prompts.load(request.prompts, limit=request.limit)
+    elif request.prompts in ("quick", "synthetic"):
+        prompt_set = shapes.prompt_set(request.limit)
+    else:
+        raise UserError(
+            "a shape has no tokenizer, so its prompts are random ids: drop --prompts (--limit says how many)"
+        )
+    return plan(request, source=source, device=device, prompt_set=prompt_set)
 
 
 def carry_out(plan: Plan, out: str | None, command: Sequence[str] | None = None) -> Path:
@@ -201,10 +219,12 @@ def _show_result(directory: Path) -> int:
     """Table and paths; exit status 1 where nothing could be measured."""
     from harness import metrics, terminal
     from harness.results import read_run
-    from reports import tables
+    from reports import tables, words
 
     run = read_run(directory)
     rows = metrics.summary(run)
+    for line in words.fitting(rows, run.manifest.vram_budget_bytes):
+        print(line)
     terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
     return 0 if any(row.outcome == "ok" for row in run.rows) else 1
 

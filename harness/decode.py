@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +18,9 @@ from harness.verify import Typical, Verdict, verify
 Phase = Literal["draft", "verify", "accept", "commit", "host"]
 """Where a round's time goes: drafting (and refilling the drafter), scoring, the verdict, moving the accepted path, and
 what the device waits for: the verdict's copy and the loop itself."""
+
+Redraw = Callable[[Target, Draft, Verdict], Verdict]
+"puts another verdict in the place of the target's own"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def decode(
     prompt: Sequence[int],
     limits: Limits,
     sampler: Sampler,
+    redraw: Redraw | None = None,
     clock: Clock | None = None,
 ) -> Iterator[Step]:
     """Decode one text, yielding after every round, so that whoever consumes it can hold a stopwatch."""
@@ -85,6 +89,8 @@ def decode(
         scores = target.score(draft)
         clock.mark("verify")
         verdict = decide(target, draft, scores, sampler, method.rule)
+        if redraw is not None:
+            verdict = redraw(target, draft, verdict)
         clock.mark("accept")
         target.keep(verdict, draft)
         clock.mark("commit")
@@ -108,6 +114,4 @@ def decide(target: Target, draft: Draft, scores: Scores, sampler: Sampler, rule:
         q_PV, row_N = drawn or (None, None)
         return verify(replace(draft, tokens_N=tokens_N, q_PV=q_PV, row_N=row_N), logits_MV, sampler, rule)
 
-    if draft.shape.fixed or target.runtime.keeps(draft.shape.parents_M):
-        return target.call(("verify", id(draft.shape)), judge, draft.tokens_N, scores.logits_MV, *drawn)
-    return judge(draft.tokens_N, scores.logits_MV, *drawn)
+    return target.about(draft.shape, "verify", judge, draft.tokens_N, scores.logits_MV, *drawn)

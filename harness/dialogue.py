@@ -28,6 +28,23 @@ def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, syst
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) -> list[int]:
+    """`ids` at the end of exactly `context` tokens, the text before them repeated as often as it takes.
+
+    A first token that begins every text stays first. Raises UserError where the ids are too many.
+    """
+    missing = context - len(ids)
+    if missing < 0:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens is longer than a context of {context}: give a larger --context, or leave "
+            "long prompts out"
+        )
+    begin = 1 if ids[:1] == [tokenizer.bos_token_id] else 0
+    said = list(tokenizer("\n\n".join(filler), add_special_tokens=False).input_ids)
+    before = said * (missing // len(said) + 1)
+    return [*ids[:begin], *before[:missing], *ids[begin:]]
+
+
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,8 @@ import psutil
 import torch
 
 from harness import host
-from harness.results import Memory
+from harness.decode import Clock, Phase
+from harness.results import DeviceState, Memory
 
 S = TypeVar("S")
 
@@ -33,6 +35,8 @@ class Reading:
     round_seconds: list[float]
     memory: Memory
     energy_joules: float | None
+    before: DeviceState | None
+    after: DeviceState | None
 
 
 class Gauges:
@@ -47,8 +51,20 @@ class Gauges:
     def allocated_bytes(self) -> int | None:
         return None
 
+    def refuse_beyond(self, budget_bytes: int) -> None:
+        """Raises MemoryError where the process has been larger; nothing can cap a CPU's resident set from within."""
+        peak = peak_rss_bytes()
+        if peak > budget_bytes:
+            raise MemoryError(
+                f"over the budget: {peak / 2**30:.3f} GiB were resident at the peak, {budget_bytes / 2**30:.3f} allowed"
+            )
+
     def energy_joules(self) -> float | None:
         """A counter that only grows."""
+        return None
+
+    def state(self) -> DeviceState | None:
+        """Clocks, temperature, power and what throttles, where the device tells."""
         return None
 
     def other_processes(self) -> int:
@@ -75,11 +91,17 @@ class AcceleratorGauges(Gauges):
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.device)
 
+    def refuse_beyond(self, budget_bytes: int) -> None:
+        """Nothing to do: `cap` has told the allocator."""
+
     def allocated_bytes(self) -> int | None:
         return torch.accelerator.memory.memory_allocated(self.device) if self.keeps_peaks else None
 
     def energy_joules(self) -> float | None:
         return None if self.nvml is None else self.nvml.energy_joules()
+
+    def state(self) -> DeviceState | None:
+        return None if self.nvml is None else self.nvml.state()
 
     def other_processes(self) -> int:
         return 0 if self.nvml is None else self.nvml.other_processes()
@@ -94,13 +116,92 @@ class AcceleratorGauges(Gauges):
         )
 
 
-def gauges(device: torch.device) -> Gauges:
+def cap(device: torch.device, budget_bytes: int) -> None:
+    """Let this process's allocator reserve no more. The device's context, some 0.5 GiB, is not its own."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
+
+
+class ShardedGauges(AcceleratorGauges):
+    """Several accelerators of one kind: a peak each, and no energy, temperature or process memory of them together."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__(devices[0])
+        self.devices, self.nvml = devices, None
+
+    def reset(self) -> None:
+        self.synchronize()
+        for device in self.devices:
+            torch.accelerator.memory.reset_peak_memory_stats(device)
+
+    def synchronize(self) -> None:
+        for device in self.devices:
+            torch.accelerator.synchronize(device)
+
+    def allocated_bytes(self) -> int | None:
+        return sum(torch.accelerator.memory.memory_allocated(device) for device in self.devices)
+
+    def memory(self) -> Memory:
+        peaks = {str(device): torch.accelerator.memory.max_memory_allocated(device) for device in self.devices}
+        return Memory(peak_allocated_by_device=peaks, peak_rss_bytes=peak_rss_bytes())
+
+
+def gauges(device: torch.device, layers: Sequence[torch.device] = ()) -> Gauges:
+    """For a target whose inputs are on `device` and whose layers are on these."""
+    devices = list(dict.fromkeys((device, *layers)))
+    if len(devices) > 1:
+        return ShardedGauges(devices)
     return Gauges() if device.type == "cpu" else AcceleratorGauges(device)
+
+
+class WallClock(Clock):
+    """Phases by the host's clock, for a device that the host does not run ahead of."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Phase | None, float]] = []
+
+    def mark(self, phase: Phase | None) -> None:
+        self._marks.append((phase, perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Total of each phase."""
+        total: dict[str, float] = {}
+        for (_, before), (phase, after) in pairwise(self._marks):
+            if phase is not None:
+                total[phase] = total.get(phase, 0.0) + after - before
+        return total
+
+
+class StreamClock(WallClock):
+    """Phases by events on the device's stream: when the work was done, not when it was asked for."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Phase | None, torch.cuda.Event]] = []
+
+    def mark(self, phase: Phase | None) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((phase, event))
+
+    def seconds(self) -> dict[str, float]:
+        torch.cuda.synchronize()
+        total: dict[str, float] = {}
+        for (_, before), (phase, after) in pairwise(self._events):
+            if phase is not None:
+                total[phase] = total.get(phase, 0.0) + before.elapsed_time(after) / 1000
+        return total
+
+
+def clock(device: torch.device) -> WallClock:
+    """A clock for one trial on the device."""
+    return StreamClock() if device.type == "cuda" else WallClock()
 
 
 def measure(steps: Iterable[S], gauges: Gauges) -> tuple[list[S], Reading]:
     """Run `steps`, the first of which is the prefill, to their end."""
     taken: list[S] = []
+    before = gauges.state()
     gauges.reset()
     energy_before = gauges.energy_joules()
     stamps = [perf_counter()]
@@ -109,15 +210,27 @@ def measure(steps: Iterable[S], gauges: Gauges) -> tuple[list[S], Reading]:
         taken.append(step)
     gauges.synchronize()
     stamps[-1] = perf_counter()
-    energy_after = gauges.energy_joules()
+    energy_after, after = gauges.energy_joules(), gauges.state()
     reading = Reading(
         prefill_seconds=stamps[1] - stamps[0],
         decode_seconds=stamps[-1] - stamps[1],
         round_seconds=[after - before for before, after in pairwise(stamps[1:])],
         memory=gauges.memory(),
         energy_joules=None if energy_before is None or energy_after is None else energy_after - energy_before,
+        before=before,
+        after=after,
     )
     return taken, reading
+
+
+THROTTLES = {
+    0x04: "sw_power_cap",
+    0x08: "hw_slowdown",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+}
+"""NVML's bits for clocks lowered against the user's will; idling and clocks that the user set are none of them."""
 
 
 class Nvml:
@@ -134,9 +247,36 @@ class Nvml:
             return None
         try:
             pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid(device)))
         except pynvml.NVMLError:
             return None
+        for name in nvml_names(device):
+            with suppress(pynvml.NVMLError):
+                return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+        return None
+
+    def _asked(self, question: str, *arguments: Any) -> Any:
+        """The answer, or None where this device or driver has none (a MIG instance has no clocks of its own)."""
+        try:
+            return getattr(self.library, question)(self.handle, *arguments)
+        except (self.library.NVMLError, AttributeError):
+            return None
+
+    def state(self) -> DeviceState:
+        core, memory = (
+            self._asked("nvmlDeviceGetClockInfo", kind)
+            for kind in (self.library.NVML_CLOCK_SM, self.library.NVML_CLOCK_MEM)
+        )
+        power = self._asked("nvmlDeviceGetPowerUsage")
+        reasons = self._asked("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # the name before driver 535
+            reasons = self._asked("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return DeviceState(
+            core_clock_hz=None if core is None else core * 10**6,
+            memory_clock_hz=None if memory is None else memory * 10**6,
+            temperature_celsius=self._asked("nvmlDeviceGetTemperature", self.library.NVML_TEMPERATURE_GPU),
+            power_watts=None if power is None else power / 1000,
+            throttle_reasons=None if reasons is None else [name for bit, name in THROTTLES.items() if reasons & bit],
+        )
 
     def process_bytes(self) -> int | None:
         """This process's memory, context included; None where the driver does not show it (other pid namespaces)."""
@@ -153,17 +293,31 @@ class Nvml:
             return []
 
     def energy_joules(self) -> float | None:
-        try:
-            return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
-        except self.library.NVMLError:
-            return None
+        millijoules = self._asked("nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else float(millijoules) / 1000
 
 
 def uuid(device: torch.device) -> str | None:
-    """As NVML writes it; None for a device that has none."""
-    if device.type != "cuda":
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    """As NVML writes it, `GPU-..` or, for a part of one, `MIG-..`; None for a device that has none."""
+    return nvml_names(device)[0] if device.type == "cuda" else None
+
+
+def nvml_names(device: torch.device) -> list[str]:
+    """Under what NVML may know a CUDA device, likeliest first.
+
+    A MIG instance is visible only where CUDA_VISIBLE_DEVICES names it, and then that name is its UUID.
+    """
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    index = device.index or 0
+    named = visible[index] if index < len(visible) else ""
+    given = [named] if named.startswith("MIG-") else []
+    return [*given, *(own if own.startswith(kind) else f"{kind}{own}" for kind in ("GPU-", "MIG-"))]
+
+
+def rss_bytes() -> int:
+    """The resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss_bytes() -> int:

@@ -70,6 +70,11 @@ class Method:
         return None
 
     @classmethod
+    def for_random_weights(cls, options: Any) -> Any:
+        """Options for a model of random weights, which is never sure of anything: an adaptive stop must not ask it."""
+        return options
+
+    @classmethod
     def target_weights(cls, options: Any) -> str:
         """`base`, or the name of a drafter that is merged into the target's own weights before anything runs."""
         return "base"

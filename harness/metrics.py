@@ -14,7 +14,9 @@ from typing import Any, Literal
 import msgspec
 import pandas as pd
 
-from harness.results import BASELINE, Cell, Memory, Run, Trial
+from harness.acceptance import constant_chance
+from harness.memory import Attribution, attribute
+from harness.results import BASELINE, Cell, Memory, Run, Trial, refuse_mixture
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
 
 GIB = 2**30
@@ -30,6 +32,7 @@ VerdictKind = Literal[
     "not_testable",
     "lossy_by_design",
     "sampled",
+    "drawn",
     "no_pairs",
 ]
 
@@ -132,11 +135,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int | None
     peak_kind: str
     "which field of Memory `peak_bytes` is"
+    peak_by_device: dict[str, int] = {}
+    "bytes, of a target on several devices, which has no `peak_bytes`"
+    memory: Attribution | None = None
+    "of the trial that reached the peak"
     tokens_per_second_per_gib: float | None
     per_gib_relative: Interval | None = None
     "speed-up times the baseline's peak over this peak"
     marginal_tokens_per_second_per_gib: float | None = None
     "extra speed per extra GiB over the baseline; None unless the memory is larger by `SAME_MEMORY_SHARE`"
+    break_even_tau: float | None = None
+    "tokens per round at which this cell would be as fast as its baseline: a round's time in baseline steps"
+    break_even_chance: float | None = None
+    "the acceptance, the same at every depth that it drafts, which gives that; None where none is enough"
     host_syncs_per_pass: float | None
     joules_per_token: float | None
     verdict: Verdict
@@ -177,7 +188,11 @@ def trial_frame(run: Run) -> pd.DataFrame:
 
 
 def summary(run: Run) -> list[Row]:
-    """One row for each planned cell, in the plan's order, then for cells that the plan does not name."""
+    """One row for each planned cell, in the plan's order, then for cells that the plan does not name.
+
+    Raises UserError where synthetic trials and real ones are mixed.
+    """
+    refuse_mixture(run)
     frame = trial_frame(run)
     frame = frame[frame.outcome == "ok"]
     trials: dict[str, list[Trial]] = {cell.id: [] for cell in run.manifest.cells}
@@ -209,6 +224,21 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     def peak_bytes(self) -> int | None:
         peak = self.good.peak_bytes.max()
         return None if pd.isna(peak) else int(peak)
+
+    @property
+    def peak_by_device(self) -> dict[str, int]:
+        """The largest of all trials, a device."""
+        peaks: dict[str, int] = {}
+        for trial in self.ok:
+            for device, peak in ((trial.memory and trial.memory.peak_allocated_by_device) or {}).items():
+                peaks[device] = max(peak, peaks.get(device, 0))
+        return peaks
+
+    @property
+    def attribution(self) -> Attribution | None:
+        kind, peak = peak_kind(self.cell.device), self.peak_bytes
+        reached = (one.memory for one in self.ok if one.memory and getattr(one.memory, kind) == peak is not None)
+        return next((attribute(memory) for memory in reached), None)
 
 
 def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
@@ -246,6 +276,8 @@ def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
         acceptance=acceptance_by_depth(own.ok),
         peak_bytes=peak,
         peak_kind=peak_kind(own.cell.device),
+        peak_by_device=own.peak_by_device,
+        memory=own.attribution,
         tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
         host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
         joules_per_token=_sum_ratio(good.energy_joules, good.new_tokens),
@@ -259,6 +291,9 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
         return {"baseline": base.cell.id if base else None}
     by_round = _sides(pairs, "round")
     speedup = ratio_interval_over_rounds(*by_round)
+    step = _sum_ratio(pairs.decode_seconds_base, pairs.verify_passes_base)
+    round_ = _sum_ratio(pairs.decode_seconds, pairs.verify_passes)
+    break_even = round_ / step if round_ and step else None
     peak, base_peak = own.peak_bytes, base.peak_bytes
     memory = (peak, base_peak) if peak is not None and base_peak is not None else None
     extra_speed, extra_bytes = by_round[0].value - by_round[1].value, memory[0] - memory[1] if memory else 0
@@ -275,11 +310,22 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
             )
             for category, part in pairs.groupby("category", sort=False)
         ),
+        "break_even_tau": break_even,
+        "break_even_chance": _chance(break_even, own.ok),
         "per_gib_relative": speedup.scaled(memory[1] / memory[0]) if memory else None,
         "marginal_tokens_per_second_per_gib": (
             extra_speed / (extra_bytes / GIB) if memory and extra_bytes > SAME_MEMORY_SHARE * memory[1] else None
         ),
     }
+
+
+def _chance(tau: float | None, trials: Iterable[Trial]) -> float | None:
+    """The constant chance that gives `tau` over the depth drafted on average; None where no chance does."""
+    depths = [depth for trial in trials for depth in trial.drafted_depth or ()]
+    if tau is None or not depths:
+        return None
+    depth = round(statistics.fmean(depths))
+    return constant_chance(tau, depth) if tau <= depth + 1 else None
 
 
 def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
@@ -332,7 +378,11 @@ def _verdict(own: Measured, base: Measured | None, temperature: float, lossless:
             parted[answer] = min(position, parted.get(answer, position))
     earliest = min(parted, key=lambda answer: parted[answer], default=None)
     return Verdict(
-        kind=_verdict_kind(own.cell, temperature, lossless, len(answers), len(parted)),
+        kind=(
+            "drawn"
+            if any(trial.drawn_acceptance is not None for trial in own.ok)
+            else _verdict_kind(own.cell, temperature, lossless, len(answers), len(parted))
+        ),
         answers=len(answers),
         differing=len(parted),
         first_position=parted[earliest] if earliest else None,
@@ -377,7 +427,7 @@ def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
 
 def _pairs(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
     """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
-    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds"]
+    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds", "verify_passes"]
     own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
     return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
 
@@ -418,7 +468,7 @@ _TEXT = (
 _MEASURED = (
     *("prompt_tokens", "new_tokens", "decode_tokens", "verify_passes", "prefill_seconds", "decode_seconds"),
     *("drafted_tokens", "accepted_tokens", "repeated_tokens", "fresh_tokens", "fresh_passes", "host_syncs"),
-    *("energy_joules", "peak_bytes", *Memory.__struct_fields__),
+    *("energy_joules", "peak_bytes", *(name for name in Memory.__struct_fields__ if not name.endswith("by_device"))),
 )
 _COLUMNS = {
     **dict.fromkeys(_TEXT, "object"),

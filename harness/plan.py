@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 
-from harness import drafter, method, weights
+from harness import acceptance, drafter, method, shapes, weights
+from harness import runtime as launching
+from harness.acceptance import Acceptance, Profile
 from harness.errors import UserError
 from harness.results import BASELINE, Cell, Outcome, Trial
 from harness.weights import Bits, ModelSource
 from prompts import Prompt, PromptSet
 
 DEFAULT_METHODS = "ar,s3d,medusa,eagle,layerskip,prompt-lookup,draft-model"
-RUNTIMES = ("eager",)
 PUBLISHABLE_ROUNDS = 3
 FEW_PROMPTS = 24
 
@@ -48,6 +51,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: int = 0
+    acceptance: str | list[float] | None = None
+    "draw how much is accepted instead of asking the target: `0.7,0.6`, `tau:2.5`, `published:NAME`, `from:RUN`"
+    context: str | int | list[str | int] | None = None
+    "prefill so many tokens before each answer: `1k,4k`; None: the prompts as they are, and 512 for a shape"
+    device_map: Literal["auto", "balanced"] | None = None
+    "spread the target over all GPUs, as accelerate does"
+    vram_budget: str | int | None = None
+    "cap what each cell may allocate: `8GiB`"
     device: str = "auto"
     dtype: str | None = None
     system: str | None = None
@@ -71,6 +82,8 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     "path of the trained weights"
     merge: Merge | None = None
     "what makes the target of `cell.weights`; None for the base"
+    profile: Profile | None = None
+    "what its acceptance is drawn from; None: the target decides"
     unsupported: str | None = None
     "why it cannot run"
 
@@ -97,6 +110,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool
     trust_remote_code: bool
     preliminary: bool
+    acceptance: str | None = None
+    "where drawn acceptance comes from, as the user wrote it"
+    vram_budget_bytes: int | None = None
+    device_map: str | None = None
+
+    @property
+    def synthetic(self) -> bool:
+        """Random weights or drawn acceptance: every row says so."""
+        return self.model.kind == "shape" or self.acceptance is not None
+
+    @property
+    def contexts(self) -> list[int | None]:
+        return list(dict.fromkeys(one.cell.context for one in self.cells))
 
     def order(self, round: int) -> list[int]:
         """Indices of the cells as this round runs them."""
@@ -121,12 +147,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         prompts, lines = len(self.prompt_set.prompts), []
         if self.rounds < 2:
             lines.append("One round: no interval over rounds can be given, and no method is ranked. Add --rounds 3.")
-        if prompts < FEW_PROMPTS:
+        if self.synthetic:
+            lines.append(self._synthetic())
+        if prompts < FEW_PROMPTS and self.model.kind != "shape":
             lines.append(
                 f"{_count(prompts, 'prompt')}, fewer than {FEW_PROMPTS}: how fast a drafter is depends on the text, so "
                 "other prompts may rank the methods differently. `--prompts standard` has 96."
             )
         return lines
+
+    def _synthetic(self) -> str:
+        weights_ = "random weights and prompts" if self.model.kind == "shape" else "real weights"
+        if self.acceptance is not None:
+            drawn = f"how much of a draft is accepted was drawn ({self.acceptance})"
+        else:
+            drawn = "random drafters guess nothing, so nearly nothing is accepted: --acceptance draws it"
+        return f"SYNTHETIC: {weights_}; {drawn}. Times and memory were measured; speeds follow from the draws."
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +194,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             top_p=plan.top_p,
             seed=plan.seed,
             max_new_tokens=plan.max_new_tokens,
+            synthetic=plan.synthetic,
             **measured,
         )
 
@@ -226,9 +263,39 @@ def _bits(wanted: str | int | list[str | int]) -> list[Bits]:
 def _runtimes(wanted: str | list[str]) -> list[str]:
     runtimes = [part.strip() for part in (wanted if isinstance(wanted, list) else wanted.split(","))]
     for runtime in runtimes:
-        if runtime not in RUNTIMES:
-            raise UserError(f"no runtime {runtime!r}: there is {_listed(RUNTIMES)}")
+        if runtime not in launching.NAMES:
+            raise UserError(f"no runtime {runtime!r}: there is {_listed(launching.NAMES)}")
     return runtimes
+
+
+def _contexts(wanted: str | int | list[str | int] | None, source: ModelSource) -> list[int | None]:
+    if wanted is None:
+        return [shapes.CONTEXT] if source.kind == "shape" else [None]
+    parts = wanted if isinstance(wanted, list) else str(wanted).split(",")
+    return [_tokens(str(part)) for part in parts]
+
+
+def _tokens(text: str) -> int:
+    """`4k` is 4096."""
+    found = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    if found is None or not int(found[1]):
+        raise UserError(f"a context of {text!r} tokens means nothing: give 512 or 4k, or several: 1k,4k")
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+def _budget(wanted: str | int, device: str) -> int:
+    """`8GiB`, `8GB`, `512MiB`, or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(wanted).strip(), re.IGNORECASE)
+    size = (
+        0
+        if found is None
+        else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    )
+    if not size:
+        raise UserError(f"a memory budget of {wanted!r} means nothing: give 8GiB, 8GB or 512MiB")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"the allocator of {device} cannot be capped: --vram-budget works on cuda, and on a CPU")
+    return size
 
 
 # --- what will be run ------------------------------------------------------------------------------------------------
@@ -243,17 +310,25 @@ def plan(
     find_drafter: FindDrafter = drafter.find,
 ) -> Plan:
     """The plan of a request on a device. Raises UserError for what cannot be meant."""
+    shape = source.kind == "shape"
+    if shape and (request.raw or request.system is not None):
+        raise UserError("a shape has no tokenizer, so neither --raw nor --system means anything: drop them")
+    if request.device_map is not None and shape:
+        raise UserError("a shape is made on one device: drop --device-map")
+    if request.device_map is not None and _runtimes(request.runtime) != ["eager"]:
+        raise UserError("a model spread over several devices runs in the eager runtime only: drop --device-map")
     if request.raw and request.system is not None:
         raise UserError("--system needs the chat template that --raw leaves out: drop one of them")
     wanted = specs(request.methods)
     precisions = [weights.default_bits(device)] if request.bits is None else _bits(request.bits)
     if not precisions:
         raise UserError("no bits named: try --bits 16,8")
+    drawn = None if request.acceptance is None else acceptance.read(request.acceptance)
     cells: list[Planned] = []
     for bits in precisions:
         dtype = _dtype_name(bits, device, request.dtype)
-        for runtime in _runtimes(request.runtime):
-            group = _Group(source, bits.id, dtype, runtime, device, find_drafter)
+        for runtime, context in product(_runtimes(request.runtime), _contexts(request.context, source)):
+            group = _Group(source, bits.id, dtype, runtime, device, context, drawn, find_drafter)
             cells += group.with_baselines([group.planned(spec) for spec in wanted])
     _refuse_duplicates(cells)
     _refuse_two_merges_of_one_name(cells)
@@ -271,7 +346,11 @@ def plan(
         system=request.system,
         raw=request.raw,
         trust_remote_code=request.trust_remote_code,
-        preliminary=request.prompts == "quick" or request.limit is not None or rounds < PUBLISHABLE_ROUNDS,
+        preliminary=rounds < PUBLISHABLE_ROUNDS
+        or (not shape and (request.prompts == "quick" or request.limit is not None)),
+        acceptance=None if drawn is None else drawn.said,
+        vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
+        device_map=request.device_map,
     )
 
 
@@ -292,10 +371,15 @@ class _Group:
     dtype: str
     runtime: str
     device: str
+    context: int | None
+    drawn: Acceptance | None
     find_drafter: FindDrafter
 
     def planned(self, spec: method.Spec) -> Planned:
         kind, options = method.find(spec.name), method.options_of(spec)
+        if self.source.kind == "shape":
+            options = kind.for_random_weights(options)
+            spec = msgspec.structs.replace(spec, options=msgspec.to_builtins(options))
         cell = Cell(
             method=spec.name,
             options=spec.options,
@@ -306,14 +390,25 @@ class _Group:
             weights=kind.target_weights(options),
             runtime=self.runtime,
             device=self.device,
+            context=self.context,
         )
-        found, reason = None, kind.unsupported(cell, options)
+        found, reason = None, launching.unsupported(self.runtime, self.bits, self.device)
+        reason = reason or kind.unsupported(cell, options)
+        profile = None if self.drawn is None else self.drawn.of(spec.label, spec.name, spec.options)
+        if self.drawn is not None and profile is None and spec.name != BASELINE:
+            reason = reason or f"{self.drawn.said} knows no acceptance of it"
         if kind.needs_drafter:
-            found = self.find_drafter(kind.drafter_name(options), getattr(options, "drafter", None), cell.model)
+            found = self._drafter(kind.drafter_name(options), getattr(options, "drafter", None), spec)
             reason = reason or (None if found else self._untrained(spec, kind.drafter_name(options)))
         path = None if found is None else str(found)
         merge = None if cell.weights == "base" or path is None else Merge(spec.name, path)
-        return Planned(cell=cell, drafter=path, merge=merge, unsupported=reason)
+        return Planned(cell=cell, drafter=path, merge=merge, profile=profile, unsupported=reason)
+
+    def _drafter(self, name: str, option: str | None, spec: method.Spec) -> Path | None:
+        """A shape's drafters are random too, and are made in the prepare step."""
+        if self.source.kind == "shape" and option is None:
+            return shapes.drafter_path(self.source, spec, name)
+        return self.find_drafter(name, option, self.source.name)
 
     def with_baselines(self, named: list[Planned]) -> list[Planned]:
         """`ar` first for every target that has none. Merged weights that nothing can run on get none."""

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 import torch
 
-from harness import chat, child, dialogue, drafter, meters, method, smollm2, weights
+from harness import chat, child, dialogue, drafter, meters, method, shapes, smollm2, weights
 from harness.decode import Limits, decode
 from harness.errors import UserError
 from harness.paths import cache_dir
@@ -44,6 +44,9 @@ def prepare(directory: Path, emit: child.Emit) -> None:
     plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)
     if plan.model.kind == "default":
         smollm2.ensure(in_tenths(emit))
+    if plan.model.kind == "shape":
+        emit(prepare_shape(plan, directory, emit))
+        return
     emit(child.Preparing(f"loading {plan.model.name}"))
     exact_float32()
     loaded = load_precisely(plan)
@@ -66,6 +69,29 @@ def prepare(directory: Path, emit: child.Emit) -> None:
     )
 
 
+def prepare_shape(plan: Plan, directory: Path, emit: child.Emit) -> child.Prepared:
+    """Random drafters where there are none yet; nothing else, since nothing is said and nothing was trained.
+
+    What a drafter would have merged into the target has the target's shape: random weights stand for both.
+    """
+    positions = shapes.configuration(plan.model).max_position_embeddings
+    for context in plan.contexts:
+        _refuse_beyond(positions, context or 0, plan)
+    for one in plan.cells:
+        path = None if one.drafter is None or one.unsupported is not None else Path(one.drafter)
+        if path is not None and not path.exists():
+            emit(child.Preparing(f"making a random drafter for {one.cell.label}"))
+            shapes.write_drafter(plan.model, method.Spec(one.cell.method, one.cell.options, one.cell.label), path)
+    write_atomically(directory / "first_answers.json", b"{}")
+    merges = {one.cell.weights for one in plan.cells}
+    return child.Prepared(
+        weights_sha256=shapes.identity(plan.model),
+        first_answers_sha256=None,
+        sources=dict.fromkeys(("base", *merges), plan.model),
+        warnings=tuple(company(plan.device)),
+    )
+
+
 def in_tenths(emit: child.Emit) -> smollm2.Progress:
     """Progress in lines that a log can bear."""
     said: list[tuple[str, int | None]] = []
@@ -83,7 +109,13 @@ def load_precisely(plan: Plan) -> LoadedModel:
     """32 bits; 16 where the model would not fit an accelerator comfortably."""
 
     def load(bits: Bits) -> LoadedModel:
-        return weights.load(plan.model, bits, device=plan.device, trust_remote_code=plan.trust_remote_code)
+        return weights.load(
+            plan.model,
+            bits,
+            device=plan.device,
+            device_map=plan.device_map,
+            trust_remote_code=plan.trust_remote_code,
+        )
 
     if plan.device == "cpu":
         return load(Bits(32))
@@ -99,12 +131,15 @@ def memory_bytes(device: str) -> int:
 
 def refuse_what_does_not_fit(plan: Plan, loaded: LoadedModel, answers: Answers) -> None:
     """Raises UserError where a prompt and its answer are longer than the model can be, or cannot be encoded."""
-    longest = max(map(len, encoded(plan, loaded.tokenizer, answers).values()))
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + plan.max_new_tokens > context:
+    longest = max(max(map(len, encoded(plan, loaded, answers, context).values())) for context in plan.contexts)
+    _refuse_beyond(getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None), longest, plan)
+
+
+def _refuse_beyond(positions: int | None, longest: int, plan: Plan) -> None:
+    if positions is not None and longest + plan.max_new_tokens > positions:
         raise UserError(
-            f"a prompt of {longest} tokens and {plan.max_new_tokens} new ones do not fit the {context} positions of "
-            f"{plan.model.name}: lower --max-new-tokens, or leave long prompts out"
+            f"a prompt of {longest} tokens and {plan.max_new_tokens} new ones do not fit the {positions} positions of "
+            f"{plan.model.name}: lower --max-new-tokens or --context, or leave long prompts out"
         )
 
 

@@ -47,17 +47,21 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     device: str
     "`cuda`, `cpu`, ...; the physical device is in each trial"
     batch_size: int = 1
+    context: int | None = None
+    "tokens prefilled before each answer; None: the prompts as long as they are"
 
     @property
     def id(self) -> str:
         """File-safe and unique within a run."""
         text = "-".join((self.label, self.bits, self.dtype, self.weights, self.runtime, self.device))
+        text += "" if self.context is None else f"-c{self.context}"
         return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
 
     @property
-    def target(self) -> tuple[str, str, str, str, str, str]:
-        """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime and device."""
-        return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device)
+    def target(self) -> tuple[str, ...]:
+        """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime, device and context."""
+        context = "" if self.context is None else str(self.context)
+        return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device, context)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +71,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     "allocated after loading the target and the drafter, before the first prompt"
     peak_allocated_bytes: int | None = None
     "largest sum of live tensors on the accelerator during the trial"
+    peak_allocated_by_device: dict[str, int] | None = None
+    "of a target on several devices, which has no single peak: theirs are not reached at the same time"
     peak_reserved_bytes: int | None = None
     process_bytes: int | None = None
     "NVML's figure for the process, device context included"
@@ -75,6 +81,21 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int | None = None
     drafter_bytes: int | None = None
     cache_bytes: int | None = None
+    graphs_bytes: int | None = None
+    "what captured graphs hold beyond all these"
+    program_bytes: int | None = None
+    "on a CPU: resident before anything was loaded"
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """How an accelerator was doing at one moment. A field is absent (None) where the driver does not tell it."""
+
+    core_clock_hz: int | None = None
+    memory_clock_hz: int | None = None
+    temperature_celsius: int | None = None
+    power_watts: float | None = None
+    throttle_reasons: list[str] | None = None
+    "why the clocks were lowered, in NVML's words (`sw_power_cap`, `hw_thermal_slowdown`); empty: they were not"
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +119,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     seed: int = 0
     synthetic: bool = False
+    "random weights or drawn acceptance: times and memory were measured, texts and acceptance were not"
+    drawn_acceptance: list[float] | None = None
+    "the chances by depth that the accepted lengths were drawn with; None where the target decided"
     device_name: str | None = None
     device_uuid: str | None = None
     started_unix_seconds: float | None = None
@@ -122,10 +146,18 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     "nodes the verdict accepted, one per verify pass, before clipping"
     committed: list[int] | None = None
     "tokens that entered the text, one per verify pass, after clipping; sums to len(new_tokens) - 1"
+    phase_seconds: dict[str, float] | None = None
+    "where decode_seconds went, summed over the rounds, on the device's clock: draft, verify, accept, commit, host"
+    captures: int | None = None
+    "graphs captured, or layers compiled, in this process so far; none of them while this trial was measured"
+    capture_seconds: float | None = None
+    "what those took, warm-up runs included"
     host_syncs: int | None = None
     "device-to-host copies of the decode loop: one a round, and one per adaptive draft step"
     memory: Memory | None = None
     energy_joules: float | None = None
+    device_before: DeviceState | None = None
+    device_after: DeviceState | None = None
 
     @property
     def key(self) -> tuple[str, int, str, int]:
@@ -180,6 +212,14 @@ class Manifest(msgspec.Struct, kw_only=True):
     raw: bool = False
     isolation: str = "round"
     executor: str = "local"
+    synthetic: bool = False
+    "as in each trial: a run is synthetic as a whole or not at all"
+    device_map: str | None = None
+    "how the target was spread over several devices"
+    vram_budget_bytes: int | None = None
+    "what each cell's allocator was allowed (on a CPU: the resident set that it was held against)"
+    acceptance: str | None = None
+    "where drawn acceptance comes from, as the user wrote it"
     preliminary: bool = False
     "true when the defaults chose a small subset: good for a first look, not for publishing"
     host: dict[str, Any] = {}
@@ -215,6 +255,14 @@ def append_line(path: Path, value: msgspec.Struct) -> None:
         file.write(b"\n" * torn + msgspec.json.encode(value) + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def refuse_mixture(*runs: Run) -> None:
+    """Raises UserError where synthetic and real trials would be compared or put into one table."""
+    kinds = {trial.synthetic for run in runs for trial in run.rows}
+    if len(kinds) > 1:
+        names = ", ".join(str(run.directory) for run in runs)
+        raise UserError(f"{names}: SYNTHETIC trials and real ones are never put together: read them apart")
 
 
 def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:

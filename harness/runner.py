@@ -22,7 +22,7 @@ from harness.weights import ModelSource
 
 IDENTITY = (
     *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
-    *("system", "raw"),
+    *("system", "raw", "acceptance", "vram_budget_bytes", "device_map"),
 )
 """Fields of a manifest that must not change when a run goes on."""
 
@@ -98,6 +98,10 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         max_new_tokens=plan.max_new_tokens,
         system=plan.system,
         raw=plan.raw,
+        synthetic=plan.synthetic,
+        acceptance=plan.acceptance,
+        vram_budget_bytes=plan.vram_budget_bytes,
+        device_map=plan.device_map,
         preliminary=plan.preliminary,
         host=host.facts(plan.device),
         versions=host.versions(),
@@ -127,8 +131,10 @@ def _differences(begun: Manifest, now: Manifest) -> list[str]:
 
 def _training(plan: Plan) -> list[Training]:
     """What the drafters cost, where their checkpoints say so."""
-    found = []
+    found: list[Training] = []
     for path, name in plan.drafters.items():
+        if not path.exists():  # random, and made in the prepare step
+            continue
         _, cost = drafter.metadata(path)
         told = {"method": name, "drafter": path.name, "file_bytes": path.stat().st_size} | cost
         with suppress(msgspec.ValidationError):  # somebody else's checkpoint, which says nothing about its training

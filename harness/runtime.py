@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch import Tensor
 from harness.cache import KVCache
 
 R = TypeVar("R")
-Name = Literal["eager", "graph", "compile"]
-NAMES: tuple[Name, ...] = ("eager", "graph", "compile")
+NAMES = ("eager", "graph", "compile")
 WARM_UPS = 2
 "runs before a capture: libraries choose their algorithms and allocate workspaces, compiled code is made"
 
@@ -27,7 +26,7 @@ WARM_UPS = 2
 class Runtime:
     """Eager: transformers' own kernels, one launch each."""
 
-    name: Name = "eager"
+    name = "eager"
     fixed = False
     "whether caches keep fixed addresses"
 
@@ -44,25 +43,36 @@ class Runtime:
 
     @property
     def captures(self) -> int:
+        """Graphs captured so far."""
         return 0
 
     @property
     def capture_seconds(self) -> float:
+        """What capturing them took, warm-up runs and compiling included."""
         return 0.0
+
+    @property
+    def captured_bytes(self) -> int:
+        """What they keep allocated: their outputs and the places of their inputs."""
+        return 0
 
 
 class FixedRuntime(Runtime):
-    """Fixed addresses without captures: what the capturing runtime does, one launch at a time (and on a CPU)."""
+    """Fixed addresses without captures: what the capturing runtime does, one launch at a time. `compile` on a CPU."""
 
     fixed = True
 
-    def __init__(self, name: Name) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.caches: list[KVCache] = []
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
         cache.fix(scratch)
         self.caches.append(cache)
+
+    @property
+    def captures(self) -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.name == "compile" else 0
 
 
 class GraphRuntime(FixedRuntime):
@@ -73,7 +83,7 @@ class GraphRuntime(FixedRuntime):
     longer it copies to tensors of its own.
     """
 
-    def __init__(self, name: Name, device: torch.device, generator: torch.Generator | None) -> None:
+    def __init__(self, name: str, device: torch.device, generator: torch.Generator | None) -> None:
         super().__init__(name)
         self.device, self.generator = device, generator
         self._pool = torch.cuda.graph_pool_handle()
@@ -81,7 +91,7 @@ class GraphRuntime(FixedRuntime):
         self._captured: dict[Hashable, _Capture] = {}
         self._kept: set[int] = set()
         self._capturing = False
-        self._seconds = 0.0
+        self._seconds, self._bytes = 0.0, 0
 
     def keeps(self, tensor: Tensor) -> bool:
         return id(tensor) in self._kept
@@ -92,8 +102,11 @@ class GraphRuntime(FixedRuntime):
 
     @property
     def capture_seconds(self) -> float:
-        """Time that warming up and capturing took, compiling included."""
         return self._seconds
+
+    @property
+    def captured_bytes(self) -> int:
+        return self._bytes
 
     def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
         if self._capturing:
@@ -107,7 +120,7 @@ class GraphRuntime(FixedRuntime):
         return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
 
     def _capture(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Capture:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
         fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
         random = None if self.generator is None else self.generator.get_state()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -126,6 +139,7 @@ class GraphRuntime(FixedRuntime):
         for tensor in tensors_of(outputs):
             self._kept.add(id(tensor))
         self._seconds += time.perf_counter() - started
+        self._bytes += torch.cuda.memory_allocated(self.device) - before
         return _Capture(graph, fixed, outputs)
 
 
@@ -154,12 +168,23 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [] if not hasattr(value, "__dict__") else tensors_of(vars(value))
 
 
-def make(name: Name, device: torch.device, generator: torch.Generator | None = None) -> Runtime:
+def unsupported(name: str, bits: str, device: str) -> str | None:
+    """Why a model of these bits cannot run so on a device, or None."""
+    if name == "graph" and not device.startswith("cuda"):
+        return "CUDA graphs need a CUDA device; `--runtime compile` compiles the layers without them"
+    if name != "eager" and bits.startswith("int8") and bits != "int8:t0":
+        return (
+            f"{bits} looks for outliers on the host in every layer, which no graph can hold; `--bits int8:t0` can run"
+        )
+    if name == "compile" and bits in ("int8:t0", "nf4"):
+        return f"bitsandbytes' {bits} kernels do not compile; `--runtime graph` captures them as they are"
+    return None
+
+
+def make(name: str, device: torch.device, generator: torch.Generator | None = None) -> Runtime:
     """The runtime of this name. `compile` without CUDA compiles and does not capture."""
     if name == "eager":
         return Runtime()
     if device.type == "cuda":
         return GraphRuntime(name, device, generator)
-    if name == "graph":
-        raise ValueError("CUDA graphs need a CUDA device: use --runtime eager or compile")
     return FixedRuntime(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +90,12 @@ class Target:
         """Device work of fixed shapes, as the runtime does it: see `harness.runtime`."""
         return self.runtime.call(name, function, *inputs)
 
+    def about(self, shape: Shape, name: str, function: Callable[..., R], *inputs: Tensor) -> R:
+        """`call` for work on drafts of one shape, where that shape comes again; otherwise simply done."""
+        if shape.fixed or self.runtime.keeps(shape.parents_M):
+            return self.call((name, id(shape)), function, *inputs)
+        return function(*inputs)
+
     def begin(self, pending: int) -> None:
         """A round begins, after the token `pending`."""
         self.pending_1.fill_(pending)
@@ -136,12 +143,9 @@ class Target:
     @torch.inference_mode()
     def score(self, draft: Draft) -> Scores:
         """One pass over the pending token and the drafted nodes; commits nothing."""
-        shape = draft.shape
-        if shape.fixed or self.runtime.keeps(shape.parents_M):
-            return self.call(("score", id(shape)), lambda tokens_N: self._score(tokens_N, shape), draft.tokens_N)
-        return self._score(draft.tokens_N, shape)
+        return self.about(draft.shape, "score", partial(self._score, draft.shape), draft.tokens_N)
 
-    def _score(self, tokens_N: Tensor, shape: Shape) -> Scores:
+    def _score(self, shape: Shape, tokens_N: Tensor) -> Scores:
         ids_M = torch.cat((self.pending_1, tokens_N))
         block = None if shape.chain else shape.ancestors_MM
         positions_M = shape.depth_M + self.cache.here

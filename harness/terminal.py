@@ -37,6 +37,7 @@ def show_plan(plan: Plan) -> None:
     """The cells, in columns only what tells them apart, and what each of them will do."""
     cells = [one.cell for one in plan.cells]
     told = {name: [str(getattr(cell, name)) for cell in cells] for name in ("bits", "dtype", "weights", "runtime")}
+    told["context"] = ["as the prompts" if cell.context is None else str(cell.context) for cell in cells]
     columns = {name: values for name, values in told.items() if len(set(values)) > 1}
     if any(one.unsupported for one in plan.cells):
         columns["note"] = ["unsupported" if one.unsupported else "" for one in plan.cells]
@@ -46,7 +47,7 @@ def show_plan(plan: Plan) -> None:
     for row in zip((cell.label for cell in cells), *columns.values(), strict=True):
         table.add_row(*map(Text, row))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{plan.model.name} on {plan.device}", style="bold")
+    console.print(f"{plan.model.name} on {plan.device}{', SYNTHETIC' * plan.synthetic}", style="bold")
     console.print(table, soft_wrap=False)
     for label, reason in dict.fromkeys((one.cell.label, one.unsupported) for one in plan.cells if one.unsupported):
         console.print(f"{label}: {reason}")
@@ -206,7 +207,7 @@ def show_result(run: Run, table: RenderableType, warnings: Sequence[str]) -> Non
 
 def show_list(prompt_sets: Mapping[str, str]) -> None:
     """What `run` can be asked for; `prompt_sets` by name, with a description each."""
-    from harness import drafter, method, smollm2, trunk
+    from harness import drafter, method, shapes, smollm2, trunk
 
     console = Console(highlight=False, soft_wrap=True)
     console.print("Methods, with options and their defaults", style="bold")
@@ -224,6 +225,8 @@ def show_list(prompt_sets: Mapping[str, str]) -> None:
     console.print("\nModels, for `--model`", style="bold")
     trained = [name for name in method.installed() if drafter.find(name, None, smollm2.LABEL) is not None]
     console.print(Text(f"  {smollm2.LABEL}: the default; has drafters for {', '.join(trained) or 'nothing'}"))
+    names = ", ".join(f"{shapes.PREFIX}{name}" for name in shapes.SHAPES)
+    console.print(Text(f"  without weights, SYNTHETIC: {names}, or {shapes.PREFIX}path/to/config.json"))
     console.print(Text(f"  or a hub id or a directory; architectures: {', '.join(sorted(trunk.ARCHITECTURES))}"))
 
 

@@ -78,6 +78,8 @@ class Trunk:
         self.head_module: nn.Module = model.get_output_embeddings()
         self.layers: list[Any] = list(self.body.layers)
         self.depth = len(self.layers)
+        self.devices: list[torch.device] = [next(layer.parameters()).device for layer in self.layers]
+        "where each layer lives; inputs and outputs of the walk are on `device` wherever that is"
         self.width: int = self.config.hidden_size
         self.vocabulary: int = self.head_module.weight.shape[0]
         self.dtype: torch.dtype = self.body.norm.weight.dtype
@@ -100,7 +102,7 @@ class Trunk:
         """An empty cache for `layers` (default: all)."""
         chosen = range(self.depth) if layers is None else layers
         return KVCache(
-            {layer: next(self.layers[layer].parameters()).device for layer in chosen},
+            {layer: self.devices[layer] for layer in chosen},
             capacity,
             heads=self.config.num_key_value_heads,
             width=getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads,
@@ -129,23 +131,26 @@ class Trunk:
         """
         wanted, tapped = frozenset(taps), {}
         positions = positions_M if positions_M.dim() == 2 else positions_M[None]
-        turns: dict[str | None, Any] = {}
+        turns: dict[tuple[str | None, torch.device], Any] = {}
+        embedded_BMD = hidden_BMD
         for index in range(self.depth) if layers is None else layers.indices:
+            device = self.devices[index]
             layer = self.layers[index] if instead is None else instead.get(index, self.layers[index])
             if index in wanted:
-                tapped[index] = hidden_BMD
+                tapped[index] = hidden_BMD.to(self.device)
+            hidden_BMD = hidden_BMD.to(device)
             kind = self._layer_types[index] if self._rotary_by_type and self._layer_types else None
-            if kind not in turns:
-                arguments = (hidden_BMD, positions) if kind is None else (hidden_BMD, positions, kind)
-                turns[kind] = self.body.rotary_emb(*arguments)
+            if (kind, device) not in turns:
+                arguments = (embedded_BMD, positions) if kind is None else (embedded_BMD, positions, kind)
+                turns[kind, device] = tuple(turn.to(device) for turn in self.body.rotary_emb(*arguments))
             attends = layers is None or index in layers.attention
             feeds = layers is None or index in layers.mlp
             if self._compiled is not None and isinstance(view, FixedView):
                 slots = view.slots(index, self.groups)
-                hidden_BMD = self._compiled(layer, self._norms, hidden_BMD, turns[kind], slots, attends, feeds)
+                hidden_BMD = self._compiled(layer, self._norms, hidden_BMD, turns[kind, device], slots, attends, feeds)
             else:
-                hidden_BMD = run_layer(layer, self._norms, hidden_BMD, turns[kind], view, attends, feeds)
-        hidden_BMD = self.body.norm(hidden_BMD)
+                hidden_BMD = run_layer(layer, self._norms, hidden_BMD, turns[kind, device], view, attends, feeds)
+        hidden_BMD = self.body.norm(hidden_BMD.to(self.body.norm.weight.device)).to(self.device)
         if self.depth in wanted:
             tapped[self.depth] = hidden_BMD
         return hidden_BMD, tapped
@@ -159,7 +164,8 @@ class Trunk:
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed hidden states, (.., V)."""
-        return self.cap(self.head_module(normed))
+        weight: Tensor = self.head_module.weight  # type: ignore[assignment]
+        return self.cap(self.head_module(normed.to(weight.device)).to(self.device))
 
     def cap(self, logits: Tensor) -> Tensor:
         """The architecture's soft cap on logits, if it has one."""
@@ -168,7 +174,7 @@ class Trunk:
     def head_rows(self, ids: Tensor | None) -> Tensor:
         """Rows of the output head, (V', D): the head of a smaller draft vocabulary. The whole head is not copied."""
         weight: Tensor = self.head_module.weight  # type: ignore[assignment]
-        return weight if ids is None else weight[ids]
+        return weight if ids is None else weight[ids.to(weight.device)].to(self.device)
 
 
 def unsupported(config: Any) -> str | None:

@@ -73,7 +73,7 @@ def verify_greedy(draft: Draft, logits_MV: Tensor) -> Verdict:
     best_M = logits_MV.argmax(-1)
     agrees_N = draft.tokens_N == best_M[draft.shape.parents_M[1:]]
     last = _deepest(draft.shape, agrees_N)
-    return _verdict(draft, last, best_M[last])
+    return verdict_at(draft, last, _entry(best_M, last))
 
 
 def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) -> Verdict:
@@ -82,7 +82,7 @@ def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) 
     parents_N = draft.shape.parents_M[1:]
     agrees_N = p_MV[parents_N, draft.tokens_N] > threshold_M[parents_N]
     last = _deepest(draft.shape, agrees_N)
-    return _verdict(draft, last, sampler.draw(p_MV[last].view(1, -1))[0])
+    return verdict_at(draft, last, sampler.draw(_entry(p_MV, last).view(1, -1))[0])
 
 
 def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
@@ -100,13 +100,13 @@ def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
         token = draft.tokens_N[node - 1]
         mine = shape.parents_M[node] == at
         if q_PV is None:
-            accept = mine & (uniform_N[node - 1] < residual_V[token])
+            accept = mine & (uniform_N[node - 1] < _entry(residual_V, token))
             left_V = residual_V.clone().index_fill_(0, token.view(1), 0.0)
         else:
             assert draft.row_N is not None
             row = draft.row_N[node - 1]
-            q_V = q_PV[row]
-            accept = mine & (uniform_N[node - 1] * q_V[token] < residual_V[token])
+            q_V = _entry(q_PV, row)
+            accept = mine & (uniform_N[node - 1] * _entry(q_V, token) < _entry(residual_V, token))
             left_V = (residual_V - q_V).clamp_min(0.0)
             if draft.drawn is Drawn.WITHOUT_REPLACEMENT:
                 rest_V = q_V.clone().index_fill_(0, token.view(1), 0.0)
@@ -114,7 +114,12 @@ def verify_sampled(draft: Draft, p_MV: Tensor, sampler: Sampler) -> Verdict:
         rejected_V = torch.where(mine, _normalised(left_V, residual_V), residual_V)
         residual_V = torch.where(accept, p_MV[node], rejected_V)
         at = torch.where(accept, node, at)
-    return _verdict(draft, at, sampler.draw(residual_V.view(1, -1))[0])
+    return verdict_at(draft, at, sampler.draw(residual_V.view(1, -1))[0])
+
+
+def _entry(values: Tensor, at: Tensor) -> Tensor:
+    """values[at] for an index () on the device, which plain indexing would first bring to the host."""
+    return values.index_select(0, at.view(1))[0]
 
 
 def _draft_distributions(draft: Draft, p_MV: Tensor) -> Tensor | None:
@@ -142,11 +147,11 @@ def _deepest(shape: Shape, agrees_N: Tensor) -> Tensor:
     return torch.where(reached_M, shape.depth_M, -1).argmax()
 
 
-def _verdict(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
+def verdict_at(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
     """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never accepted."""
     shape = draft.shape
     depths_K = torch.arange(1, shape.longest + 1, device=last.device)
-    on_path_KM = shape.ancestors_MM[last] & (shape.depth_M == depths_K[:, None])
+    on_path_KM = _entry(shape.ancestors_MM, last) & (shape.depth_M == depths_K[:, None])
     path_K = on_path_KM.int().argmax(-1)
     tokens_M = torch.cat((draft.tokens_N.new_zeros(1), draft.tokens_N))
-    return Verdict.of(path_K, tokens_M[path_K], shape.depth_M[last], last, bonus)
+    return Verdict.of(path_K, tokens_M[path_K], _entry(shape.depth_M, last), last, bonus)

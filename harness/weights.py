@@ -23,7 +23,7 @@ import msgspec
 import torch
 from torch import nn
 
-from harness import smollm2
+from harness import shapes, smollm2
 from harness.errors import UserError
 from harness.paths import cache_dir
 
@@ -35,7 +35,7 @@ class ModelSource(msgspec.Struct, frozen=True):
 
     name: str
     location: str
-    kind: Literal["default", "local", "hub"]
+    kind: Literal["default", "local", "hub", "shape"]
 
 
 class Bits(msgspec.Struct, frozen=True):
@@ -86,6 +86,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
+    "None for a shape"
     source: ModelSource
     bits: Bits
     dtype: torch.dtype
@@ -94,12 +95,14 @@ class LoadedModel:
 
 
 def resolve(model: str | None) -> ModelSource:
-    """What `--model` means: nothing or `default` is the embedded one, else a local directory or a hub id.
+    """What `--model` means: nothing or `default` is the embedded one, else a local directory, a hub id or a shape.
 
     Fetches nothing. Raises UserError for a path that is no model's directory.
     """
     if model is None or model in ("default", "smollm2", smollm2.LABEL):
         return ModelSource(smollm2.LABEL, str(smollm2.location()), "default")
+    if model.startswith(shapes.PREFIX):
+        return shapes.source(model)
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -128,9 +131,10 @@ def load(
     *,
     device: str,
     dtype: torch.dtype | str | None = None,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """The model on `device` (`auto`: spread over all of them), fetched first where it is not here yet.
+    """The model on `device`, or spread over all of its kind as accelerate's `device_map` says; fetched where need be.
 
     `dtype` (or its name) replaces what activations are computed in: float16 for bfloat16 at 16 bits; anything at 8 and
     4, where it is float32 on a CPU and bfloat16 elsewhere. The attention implementation is the caller's to set. Raises
@@ -141,6 +145,8 @@ def load(
 
     causal_lm: Any = AutoModelForCausalLM  # untyped: what it returns depends on output_loading_info
     compute = compute_dtype(bits, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if source.kind == "shape":
+        return _random(source, bits, device, compute)
     directory = _directory(source, trust_remote_code)
     _refuse_what_is_no_causal_lm(source.name, directory, trust_remote_code)
     files = _weight_files(source.name, directory)
@@ -150,7 +156,7 @@ def load(
             model, info = causal_lm.from_pretrained(
                 directory,
                 dtype=compute,
-                device_map="auto" if device == "auto" else {"": device},
+                device_map=device_map or {"": device},
                 quantization_config=_quantization(bits, compute),
                 use_safetensors=True,
                 output_loading_info=True,
@@ -163,6 +169,8 @@ def load(
             f"the weights of {source.name} lack {len(missing)} tensors, {missing[0]} the first, which would be made up "
             "at random: give a complete causal language model"
         )
+    if device_map is not None:
+        _refuse_offloading(source.name, model, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     except (OSError, ValueError) as error:
@@ -171,6 +179,19 @@ def load(
         ) from error
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, source, bits, compute, weights_sha256(files), weight_bytes(model))
+
+
+def _random(source: ModelSource, bits: Bits, device: str, compute: torch.dtype) -> LoadedModel:
+    with _quiet():
+        model = shapes.build(source, bits, device=device, dtype=compute)
+    return LoadedModel(model, None, source, bits, compute, shapes.identity(source), weight_bytes(model))
+
+
+def _refuse_offloading(name: str, model: nn.Module, device: str) -> None:
+    """accelerate puts on the CPU, or on the disk, what its device map finds no room for."""
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    if kinds != {torch.device(device).type}:
+        raise UserError(f"{name} does not fit the {device} devices together: choose fewer --bits, or more devices")
 
 
 # --- where the files are ---------------------------------------------------------------------------------------------
@@ -187,6 +208,8 @@ def _directory(source: ModelSource, trust_remote_code: bool) -> Path:
             return Path(source.location)
         case "hub":
             return _from_hub(source.location, [*SMALL_FILES, "model*.safetensors", *["*.py"] * trust_remote_code])
+        case "shape":
+            raise AssertionError("a shape has no files")
 
 
 def _from_hub(repository: str, patterns: list[str]) -> Path:

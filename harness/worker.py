@@ -18,8 +18,10 @@ from typing import Any
 import msgspec
 import torch
 
-from harness import chat, child, dialogue, meters, method, weights
+from harness import chat, child, dialogue, meters, method, shapes, weights
+from harness import runtime as runtimes
 from harness.decode import Limits, decode
+from harness.drawn import DrawnVerdicts
 from harness.errors import UserError
 from harness.method import Method
 from harness.plan import Job, Plan, Turn
@@ -99,23 +101,33 @@ class Bench:
     sampler: Sampler
     prompts: dict[tuple[str, int], list[int]]
     gauges: meters.Gauges
+    program_bytes: int
     load_bytes: int | None
     limits: Limits
+    redraw: DrawnVerdicts | None
 
     def warm_up(self) -> None:
         first = next(iter(self.prompts.values()))
         limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens), self.limits.end_ids)
-        for _ in decode(self.target, self.method, first, limits, self.sampler):
+        for _ in decode(self.target, self.method, first, limits, self.sampler, self.redraw):
             pass
 
     def trial(self, turn: Turn) -> dict[str, Any]:
-        """Decode one turn; the measured fields of its row."""
-        prompt = self.prompts[turn.prompt.id, turn.index]
-        assert self.sampler.generator is not None
-        self.sampler.generator.manual_seed(seed_of(self.plan.seed, turn))
-        started = time.time()
-        rounds = decode(self.target, self.method, prompt, self.limits, self.sampler)
-        (prefill, *steps), reading = meters.measure(rounds, self.gauges)
+        """Decode one turn; the measured fields of its row.
+
+        A text in which something had to be captured first is decoded again: a capture happens once, however long it
+        took.
+        """
+        prompt, runtime = self.prompts[turn.prompt.id, turn.index], self.target.runtime
+        while True:
+            captured = runtime.captures
+            self._seed(turn)
+            started, clock = time.time(), meters.clock(self.target.device)
+            rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.redraw, clock)
+            (prefill, *steps), reading = meters.measure(rounds, self.gauges)
+            if runtime.captures == captured:
+                break
+        self.refuse_beyond_budget()
         new_tokens = [token for step in (prefill, *steps) for token in step.committed]
         memory = msgspec.structs.replace(
             reading.memory,
@@ -123,6 +135,8 @@ class Bench:
             weights_bytes=self.loaded.weight_bytes,
             drafter_bytes=self.method.drafter_bytes,
             cache_bytes=self.target.cache.bytes,
+            graphs_bytes=runtime.captured_bytes,
+            program_bytes=self.program_bytes,
         )
         return {
             "lossless": self.method.lossless,
@@ -131,8 +145,7 @@ class Bench:
             "started_unix_seconds": started,
             "prompt_tokens": len(prompt),
             "new_tokens": new_tokens,
-            "text": dialogue.decode(self.loaded.tokenizer, new_tokens),
-            "token_texts": dialogue.pieces(self.loaded.tokenizer, new_tokens) if self.job.round == 0 else None,
+            **self._texts(new_tokens),
             "prefill_seconds": reading.prefill_seconds,
             "decode_seconds": reading.decode_seconds,
             "round_seconds": reading.round_seconds,
@@ -140,10 +153,36 @@ class Bench:
             "drafted_depth": [step.drafted_depth for step in steps],
             "accepted": [step.accepted for step in steps],
             "committed": [len(step.committed) for step in steps],
+            "phase_seconds": clock.seconds(),
+            "captures": runtime.captures,
+            "capture_seconds": runtime.capture_seconds,
             "host_syncs": sum(step.host_syncs for step in steps),
             "memory": memory,
             "energy_joules": reading.energy_joules,
+            "device_before": reading.before,
+            "device_after": reading.after,
+            "drawn_acceptance": None if self.redraw is None else self.redraw.chances,
         }
+
+    def _seed(self, turn: Turn) -> None:
+        assert self.sampler.generator is not None
+        seed = seed_of(self.plan.seed, turn)
+        self.sampler.generator.manual_seed(seed)
+        if self.redraw is not None:
+            self.redraw.seed(seed)
+
+    def refuse_beyond_budget(self) -> None:
+        """Raises MemoryError where the run has a budget, and this device no means to enforce it."""
+        if self.plan.vram_budget_bytes is not None:
+            self.gauges.refuse_beyond(self.plan.vram_budget_bytes)
+
+    def _texts(self, new_tokens: list[int]) -> dict[str, Any]:
+        """Nothing for a model without a tokenizer."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer is None:
+            return {}
+        pieces = dialogue.pieces(tokenizer, new_tokens) if self.job.round == 0 else None
+        return {"text": dialogue.decode(tokenizer, new_tokens), "token_texts": pieces}
 
 
 def seed_of(seed: int, turn: Turn) -> int:
@@ -155,39 +194,57 @@ def seed_of(seed: int, turn: Turn) -> int:
 def set_up(job: Job, plan: Plan) -> Bench:
     exact_float32()
     torch.manual_seed(plan.seed)
+    program_bytes = meters.rss_bytes()
     planned = plan.cells[job.cell]
     cell = planned.cell
+    if plan.vram_budget_bytes is not None:
+        meters.cap(torch.device(cell.device), plan.vram_budget_bytes)
     loaded = weights.load(
         job.source,
         Bits.parse(cell.bits),
         device=cell.device,
         dtype=cell.dtype,
+        device_map=plan.device_map,
         trust_remote_code=plan.trust_remote_code,
     )
     answers = msgspec.json.decode(Path(job.first_answers).read_bytes(), type=dict[str, list[str]])
-    prompts = encoded(plan, loaded.tokenizer, answers)
+    prompts = encoded(plan, loaded, answers, cell.context)
     sampler = Sampler(plan.temperature, plan.top_p, torch.Generator(cell.device))
     room = max(map(len, prompts.values())) + plan.max_new_tokens
     spec = method.Spec(cell.method, cell.options, cell.label)
     drafter = None if planned.drafter is None else Path(planned.drafter)
     try:
-        target, decoder = seat(loaded.model, spec, drafter, sampler, room)
+        target, decoder = seat(loaded.model, spec, drafter, sampler, room, cell.runtime)
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(str(error)) from error
-    gauges = meters.gauges(target.device)
-    limits = Limits(plan.max_new_tokens, chat.end_ids(loaded.model, loaded.tokenizer))
-    load_bytes = gauges.allocated_bytes()
-    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, load_bytes, limits)
+    gauges = meters.gauges(target.device, target.trunk.devices)
+    # Random weights say nothing, and so never that a text is over.
+    ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
+    limits, load_bytes = Limits(plan.max_new_tokens, ends), gauges.allocated_bytes()
+    profile = planned.profile
+    redraw = None if profile is None else DrawnVerdicts(profile, plan.max_new_tokens, target.device)
+    bench = Bench(
+        job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, redraw
+    )
     bench.warm_up()
+    bench.refuse_beyond_budget()
     return bench
 
 
-def seat(model: Any, spec: method.Spec, drafter: Path | None, sampler: Sampler, room: int) -> tuple[Target, Method]:
+def seat(
+    model: Any,
+    spec: method.Spec,
+    drafter: Path | None,
+    sampler: Sampler,
+    room: int,
+    runtime: str = "eager",
+) -> tuple[Target, Method]:
     """The method on a target that gives its taps, with a cache for `room` tokens and what a round reaches beyond."""
     kind, options = method.find(spec.name), method.options_of(spec)
     spare = SPARE_SLOTS
     while True:
-        target = Target(model, capacity=room + spare)
+        launching = runtimes.make(runtime, model.device, sampler.generator)
+        target = Target(model, capacity=room + spare, scratch=spare, runtime=launching)
         decoder = kind.load(target, options, drafter, sampler)
         if decoder.reach <= spare:
             target.tap(decoder.taps)
@@ -195,18 +252,35 @@ def seat(model: Any, spec: method.Spec, drafter: Path | None, sampler: Sampler, 
         spare = decoder.reach
 
 
-def encoded(plan: Plan, tokenizer: Any, answers: dict[str, list[str]]) -> dict[tuple[str, int], list[int]]:
-    """Token ids of every turn, after the first answers that all cells share."""
-    return {
-        (turn.prompt.id, turn.index): dialogue.encode(
-            tokenizer,
+def encoded(
+    plan: Plan, loaded: LoadedModel, answers: dict[str, list[str]], context: int | None
+) -> dict[tuple[str, int], list[int]]:
+    """Token ids of every turn, after the first answers that all cells share; `context` of them where it is not None.
+
+    What stands before a shorter prompt is the text of the others. A shape's are random.
+    """
+    if loaded.tokenizer is None:
+        assert context is not None, "the plan gives every cell of a shape its context"
+        vocabulary = loaded.model.config.vocab_size
+        return {
+            (turn.prompt.id, turn.index): shapes.random_ids(turn.prompt.id, context, vocabulary)
+            for turn in plan.turns()
+        }
+    ids = {}
+    for turn in plan.turns():
+        own = dialogue.encode(
+            loaded.tokenizer,
             turn.prompt.turns[: turn.index + 1],
             answers.get(turn.prompt.id, [])[: turn.index],
             system=plan.system,
             raw=plan.raw,
         )
-        for turn in plan.turns()
-    }
+        if context is not None:
+            every = plan.prompt_set.prompts
+            others = [prompt.turns[0] for prompt in every if prompt is not turn.prompt] or list(turn.prompt.turns)
+            own = dialogue.padded(loaded.tokenizer, own, others, context)
+        ids[turn.prompt.id, turn.index] = own
+    return ids
 
 
 def exact_float32() -> None:

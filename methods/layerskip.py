@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -61,6 +62,10 @@ class LayerSkip(Method):
             raise ValueError(f"layers to skip must be 0 to {target.depth - 1} for this model, not {sorted(named)}")
         layers = Layers.of(range(target.depth)).without((*skip, *options.skip_attention), (*skip, *options.skip_mlp))
         return cls(target, layers, options, sampler)
+
+    @classmethod
+    def for_random_weights(cls, options: LayerSkipOptions) -> LayerSkipOptions:
+        return msgspec.structs.replace(options, threshold=0.0) if options.threshold is None else options
 
     @property
     def reach(self) -> int:

@@ -103,7 +103,8 @@ def view(run: Run, name: str) -> dict[str, Any]:
     def figure(kind: str, title: str, chart: alt.TopLevelMixin | None, takeaway: Callable[[], str]) -> Figure | None:
         if chart is None:
             return None
-        line = takeaway()
+        mark = "SYNTHETIC: " * any(row.synthetic for row in rows)
+        title, line = mark + title, mark + takeaway()
         # Safe as markup: charts.svg parsed it as XML and wrote it out again, so every text in it is escaped.
         return Figure(Markup(charts.svg(chart, f"{name}-{kind}", title, line)), line)
 
@@ -116,7 +117,7 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "groups": tables.grouped(rows),
         "strips": {row.cell.id: strip(row.speedup) for row in rows if row.speedup},
         "synthetic": any(row.synthetic for row in rows),
-        "answers": words.answers(rows, device),
+        "answers": [*words.fitting(rows, run.manifest.vram_budget_bytes), *words.answers(rows, device)],
         "against_itself": words.against_itself(rows),
         "scatter": figure(
             "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)

@@ -32,6 +32,7 @@ _VERDICTS: dict[str, str] = {
     "not_testable": "{differing} of {answers} answers differ; not testable in {bits}",
     "lossy_by_design": "lossy by design: {differing} of {answers} answers differ",
     "sampled": "sampled: texts are not comparable",
+    "drawn": "SYNTHETIC: acceptance was drawn, texts mean nothing",
     "no_pairs": NOTHING,
 }
 
@@ -42,6 +43,7 @@ def table(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def record(row: Row, among: Sequence[Row]) -> dict[str, str]:
+    synthetic = {"break-even τ": break_even(row)} if any(other.synthetic for other in among) else {}
     return {
         "method": method(row),
         "bits": target_name(row.cell, [other.cell for other in among]),
@@ -49,11 +51,45 @@ def record(row: Row, among: Sequence[Row]) -> dict[str, str]:
         "speed-up (95 %, these prompts, this machine)": speedup(row),
         "(95 %, prompts like these)": span(row.speedup_prompts),
         "τ": number(row.tau, 2),
+        **synthetic,
         "acceptance by depth": acceptance(row),
-        "peak GiB": number(gib(row.peak_bytes), 3),
+        "peak GiB": peak(row),
         "tok/s per GiB": number(row.tokens_per_second_per_gib, 1),
         "identical to the target?": verdict(row),
     }
+
+
+def break_even(row: Row) -> str:
+    """Tokens per round that would make up for the round's cost, and the constant acceptance that gives them."""
+    if row.break_even_tau is None:
+        return NOTHING
+    chance = (
+        "no acceptance is enough" if row.break_even_chance is None else f"{row.break_even_chance:.2f} at each depth"
+    )
+    return f"{row.break_even_tau:.2f} ({chance})"
+
+
+def peak(row: Row) -> str:
+    """GiB; of each device by itself where there are several."""
+    if row.peak_by_device:
+        return "; ".join(f"{device} {number(gib(size), 3)}" for device, size in row.peak_by_device.items())
+    return number(gib(row.peak_bytes), 3)
+
+
+def memory(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Peak memory by what holds it, GiB; one dict a row that tells it, header to text."""
+    told = [(row, row.memory) for _, group in grouped(rows) for row in group if row.memory is not None]
+    names = list(dict.fromkeys(name for _, each in told for name in each.parts))
+    return [
+        {
+            "method": method(row),
+            "bits": target_name(row.cell, [other.cell for other in rows]),
+            "peak": number(gib(each.peak_bytes), 3),
+            **{name: number(gib(each.parts.get(name)), 3) for name in names},
+            "unattributed": number(gib(each.unattributed_bytes), 3) + " (more than 2 %)" * (not each.adds_up),
+        }
+        for row, each in told
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -84,15 +120,14 @@ class ByTarget:
 
         yield from (_terminal_table(target, group, options.max_width) for target, group in grouped(self.rows))
         yield from map(Text, failures(self.rows))
-        if any(row.synthetic for row in self.rows):
-            yield "Synthetic trials: these figures measure nothing."
 
 
 def _terminal_table(target: str, group: Sequence[Row], width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(title=f"\n{target}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    mark = " SYNTHETIC" * any(row.synthetic for row in group)
+    shown = Table(title=f"\n{target}{mark}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     records = [_terminal_record(row) for row in group]
     dropped = () if width >= WIDE_COLUMNS else ("accepted\nby depth", "peak\nGiB")
     headers = [header for header in records[0] if header not in dropped]
@@ -115,8 +150,9 @@ def _terminal_record(row: Row) -> dict[str, str]:
         "speed-up": f"{times(row.speedup.value)} {word}" if row.speedup else NOTHING,
         "95 %": span(row.speedup).strip("()").replace(" to ", "-"),
         "τ": number(row.tau, 2),
+        **({"break-\neven τ": number(row.break_even_tau, 2)} if row.synthetic else {}),
         "accepted\nby depth": acceptance(row, depths=3).replace("0.", "."),
-        "peak\nGiB": number(gib(row.peak_bytes), 3),
+        "peak\nGiB": peak(row),
         "tok/s\nper GiB": number(row.tokens_per_second_per_gib, 1),
         "identical?": _short_verdict(row),
     }
@@ -128,6 +164,8 @@ def _short_verdict(row: Row) -> str:
     told = row.verdict
     words = {"differs": "DIFFERS", "near_tie_not_excluded": "differs", "not_testable": "untestable"}
     words |= {"lossy_by_design": "lossy", "no_pairs": NOTHING}
+    if told.kind == "drawn":
+        return "SYNTHETIC"
     return words.get(told.kind, told.kind) + (f" {told.differing}/{told.answers}" if told.differing else "")
 
 
@@ -155,6 +193,8 @@ def target_name(cell: Cell, among: Sequence[Cell]) -> str:
         for name in ("runtime", "device", "model")
         if len({getattr(other, name) for other in among}) > 1
     ]
+    if len({other.context for other in among}) > 1:
+        parts.append("prompts as they are" if cell.context is None else f"{cell.context:,} tokens of context")
     return plain(", ".join(parts))
 
 
@@ -166,7 +206,7 @@ def bits_name(bits: str) -> str:
 
 
 def method(row: Row) -> str:
-    notes = ["baseline"] * row.is_baseline + ["synthetic"] * row.synthetic
+    notes = ["baseline"] * row.is_baseline + ["SYNTHETIC"] * row.synthetic
     if row.trials_failed or not row.trials_ok:
         notes.append(failed(row))
     return plain(row.cell.label) + (f" ({'; '.join(notes)})" if notes else "")
@@ -242,6 +282,7 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
     if count := sum(row.trials_failed for row in rows):
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
+    lines += throttled(run)
     if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
         lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
     if run.manifest.isolation != "round":
@@ -249,6 +290,22 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
             "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
         )
     return lines
+
+
+def throttled(run: Run) -> list[str]:
+    """A warning where the device's clocks were lowered around some trial."""
+    reasons: list[set[str]] = []
+    for trial in run.rows:
+        states = (trial.device_before, trial.device_after)
+        reasons.append({reason for state in states if state for reason in state.throttle_reasons or ()})
+    hit = [each for each in reasons if each]
+    if not hit:
+        return []
+    named = plain(", ".join(sorted(set().union(*hit))))
+    return [
+        f"The device was throttled around {len(hit)} of {len(reasons)} trials ({named}): it ran slower than it can, "
+        "and unevenly. Cool it, raise its power limit, or lock its clocks, and measure again."
+    ]
 
 
 def number(value: float | None, digits: int) -> str:

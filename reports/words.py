@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.metrics import Row
+from harness.metrics import GIB, Row
 from harness.results import Training
 from harness.stats import Interval
-from reports.tables import gib, grouped, number, plain, times
+from reports.tables import bits_name, gib, grouped, number, plain, target_name, times
 
 NOISY_SPREAD = 0.05
 UNFAITHFUL = ("lossy_by_design", "differs")
@@ -15,7 +15,57 @@ UNFAITHFUL = ("lossy_by_design", "differs")
 
 def answers(rows: Sequence[Row], device: str) -> list[str]:
     """For each target one sentence: what is fastest, what gives the most per GiB, and how sure that is."""
-    return [f"In {target} on {plain(device)}, {_answer(group)}" for target, group in grouped(rows)]
+    return [
+        f"{'SYNTHETIC: in' if group[0].synthetic else 'In'} {target} on {plain(device)}, {_answer(group)}"
+        for target, group in grouped(rows)
+    ]
+
+
+def fitting(rows: Sequence[Row], budget_bytes: int | None) -> list[str]:
+    """What is fastest within a memory budget, over all bits, and how much context each method leaves room for."""
+    contexts = list(dict.fromkeys(row.cell.context for row in rows))
+    within = [] if budget_bytes is None else [_within(rows, budget_bytes, context, contexts) for context in contexts]
+    return [*within, *_longest_contexts(rows)]
+
+
+def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, contexts: Sequence[int | None]) -> str:
+    here = [row for row in rows if row.cell.context == context]
+    fits = [row for row in here if row.decode_tokens_per_second and not _ran_out(row)]
+    sure = [row for row in fits if row.verdict.kind not in UNFAITHFUL]
+    ranked = sorted(sure, key=lambda row: -(row.decode_tokens_per_second or 0.0))
+    where = f" at {context:,} tokens of context" * (len(contexts) > 1 and context is not None)
+    text = "SYNTHETIC: within" if any(row.synthetic for row in here) else "Within"
+    text += f" {budget_bytes / GIB:.3g} GiB{where} "
+    out = sum(map(_ran_out, here))
+    tail = f"; {out} of {len(here)} cells do not fit." if out else "; every cell fits."
+    if not ranked:
+        return f"{text}nothing that was planned runs{tail}"
+    told = [
+        f"{plain(row.cell.label)} in {target_name(row.cell, [other.cell for other in here])} "
+        f"({number(row.decode_tokens_per_second, 1)} tok/s, peak {number(gib(row.peak_bytes), 2)} GiB)"
+        for row in ranked[:3]
+    ]
+    return f"{text}fastest is {told[0]}{', then ' * (len(told) > 1)}{', then '.join(told[1:])}{tail}"
+
+
+def _longest_contexts(rows: Sequence[Row]) -> list[str]:
+    """A sentence where several contexts were tried."""
+    tried: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.cell.context is not None:
+            tried.setdefault((row.cell.label, row.cell.bits), []).append(row)
+    if max((len({row.cell.context for row in group}) for group in tried.values()), default=0) < 2:
+        return []
+    told = []
+    for (label, bits), group in tried.items():
+        fits = [row.cell.context or 0 for row in group if row.trials_ok and not _ran_out(row)]
+        longest = f"{max(fits):,}" if fits else "none"
+        told.append(f"{plain(label)} in {bits_name(bits)} {longest}")
+    return [f"Longest context, of those tried, that fits: {', '.join(told)}."]
+
+
+def _ran_out(row: Row) -> bool:
+    return "oom" in row.outcomes
 
 
 def _answer(group: Sequence[Row]) -> str:

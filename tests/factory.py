@@ -39,7 +39,6 @@ def trial(
         "category": "writing",
         "turn": 0,
         "outcome": "ok",
-        "synthetic": True,
         "prompt_tokens": 16,
         "max_new_tokens": 128,
         "new_tokens": new_tokens,
@@ -62,7 +61,7 @@ def failed(of: Cell, outcome: str = "oom", reason: str = "out of memory", **chan
     planned = {
         name: getattr(trial(of), name) for name in ("run", "order", "prompt_set", "prompt_id", "category", "turn")
     }
-    return Trial(cell=of, outcome=outcome, reason=reason, **{"round": 0, "synthetic": True} | planned | changes)
+    return Trial(cell=of, outcome=outcome, reason=reason, **{"round": 0} | planned | changes)
 
 
 def run(*trials: Trial, directory: Path = Path("."), skipped_lines: int = 0, **changes: Any) -> Run:

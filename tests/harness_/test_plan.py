@@ -126,6 +126,24 @@ def test_a_small_run_is_preliminary(request_: dict[str, Any], preliminary: bool)
     assert planned(**request_).preliminary is preliminary
 
 
+def test_contexts_are_cells_of_their_own_with_their_own_baselines() -> None:
+    made = planned(methods="prompt-lookup", context="512,1k")
+    assert [(one.cell.label, one.cell.context) for one in made.cells] == [
+        *(("ar", 512), ("prompt-lookup", 512), ("ar", 1024), ("prompt-lookup", 1024))
+    ]
+    assert len({one.cell.id for one in made.cells}) == 4
+    assert len({one.cell.target for one in made.cells}) == 2
+    assert {one.cell.context for one in planned(methods="ar").cells} == {None}
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("8GiB", 8 * 2**30), ("8 GB", 8 * 10**9), ("512MiB", 2**29), ("1.5g", 1_500_000_000), (4096, 4096)],
+)
+def test_a_budget_is_bytes(written: str | int, size: int) -> None:
+    assert planned(methods="ar", vram_budget=written).vram_budget_bytes == size
+
+
 def test_a_table_is_the_same_as_its_text() -> None:
     (text,) = specs("s3d:k=4:keep=3+7")
     (table,) = specs([{"name": "s3d", "k": 4, "keep": [3, 7]}])
@@ -159,12 +177,19 @@ def test_cells_in_another_dtype_are_another_target() -> None:
         ({"limit": "many"}, "limit: expected"),
         ({"top_p": 0.0}, "top_p: expected a number > 0.0, not 0.0"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"runtime": "graph"}, "no runtime 'graph': there is eager"),
+        ({"runtime": "turbo"}, "no runtime 'turbo': there is compile, eager, graph"),
         ({"dtype": "float61"}, "did you mean 'float16'"),
         ({"dtype": "float16"}, "choose --bits 16"),
         ({"bits": "7"}, "unknown precision"),
         ({"bits": ""}, "no bits named"),
         ({"raw": True, "system": "Be brief."}, "drop one of them"),
+        ({"vram_budget": "much"}, "give 8GiB"),
+        ({"vram_budget": "0GiB"}, "give 8GiB"),
+        ({"vram_budget": "8GiB", "device": "mps"}, "cannot be capped"),
+        ({"device_map": "sideways"}, "device_map"),
+        ({"context": "0"}, "1k,4k"),
+        ({"context": "1k,1024"}, "the same cell twice"),
+        ({"acceptance": "most"}, "no chance"),
     ],
 )
 def test_mistakes_are_told_in_one_line(given: dict[str, Any], message: str) -> None:

@@ -7,16 +7,20 @@ the chain's exact probabilities by chi-square. Each has a false-alarm rate of FA
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from bench import steady
+from bench import Direct, steady
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.acceptance import Profile
 from harness.draft import Draft, Drawn, chain, nothing, tree
+from harness.drawn import DrawnVerdicts
 from harness.sampling import Sampler
 from harness.verify import Typical, verify, verify_greedy, verify_sampled, verify_typical
 
@@ -305,6 +309,35 @@ def test_nothing_left_to_draw_from_is_not_nan(dtype: torch.dtype) -> None:
         draft = Draft(torch.tensor([1, 2]), tree((0, 0), CPU), drawn, even[:1], torch.tensor([0, 0]))
         _, _, bonus = verify_sampled(draft, even.repeat(2, 1)[:3], sampler).host()
         assert bonus in (0, 1, 2)
+
+
+class Brought(TorchDispatchMode):
+    """Counts values that are brought to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("drafting", [best_chain, drawn_chain, distinct_siblings, independent_siblings])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_verdict_brings_nothing_to_the_host_by_itself(drafting: Drafting, temperature: float) -> None:
+    sampler = Sampler(temperature, 1.0, torch.Generator())
+    draft = drafting(Sampler(1.0, 1.0, torch.Generator()))
+    logits_MV = torch.randn(len(draft) + 1, V)
+    typical = verify_typical if temperature else None
+    redraw = DrawnVerdicts(Profile(chances=(0.5,)), 4, torch.device("cpu"))
+    redraw(Direct(), draft, verify(draft, logits_MV, sampler))
+    with Brought() as brought:
+        redraw(Direct(), draft, verify(draft, logits_MV, sampler))
+        if typical:
+            typical(draft, torch.softmax(logits_MV, -1), sampler, Typical())
+    assert brought.count == 0
+    with Brought() as brought:
+        logits_MV[0][torch.tensor(1)]
+    assert brought.count == 1, "what is counted is what a careless index does"
 
 
 def test_typical_acceptance_is_medusas_rule() -> None:

@@ -17,6 +17,7 @@ from tiny import ARCHITECTURES, VOCAB, tiny
 
 from harness import smollm2, weights
 from harness.errors import UserError
+from harness.target import Target
 from harness.weights import Bits, ModelSource
 
 TOKENS = torch.arange(3, 35)[None]
@@ -173,6 +174,27 @@ def test_quantised_layers_take_their_bits_and_compute_in_float32_on_a_cpu(
     similarity = torch.cosine_similarity(found, expected, dim=-1)
     assert similarity.min() > 0.98
     assert similarity.max() < 0.999999
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced"])
+def test_a_device_map_over_one_device_changes_nothing(directory: Path, device_map: str) -> None:
+    plain, mapped = (
+        weights.load(weights.resolve(str(directory)), Bits(32), device="cpu", device_map=each)
+        for each in (None, device_map)
+    )
+    prompt = list(range(3, 20))
+    texts = [Target(loaded.model, capacity=64).generate(prompt, 12) for loaded in (plain, mapped)]
+    scores = [Target(loaded.model, capacity=64).prefill(prompt).logits_MV for loaded in (plain, mapped)]
+    assert texts[0] == texts[1]
+    assert torch.equal(*scores)
+
+
+def test_a_model_that_does_not_fit_its_devices_is_refused() -> None:
+    model = tiny("llama")
+    weights._refuse_offloading("toy", model, "cpu")
+    model.model.layers[3].to("meta")
+    with pytest.raises(UserError, match="fewer --bits"):
+        weights._refuse_offloading("toy", model, "cpu")
 
 
 def test_the_threshold_reaches_every_quantised_layer(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import msgspec
@@ -14,6 +15,7 @@ import torch
 import prompts
 from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
+from harness.memory import attribute
 from harness.plan import Job, Plan, plan, read_request
 from harness.results import Trial, append_trial, read_trials
 from harness.weights import Bits, ModelSource
@@ -97,6 +99,11 @@ def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:
         assert trial.memory is not None
         assert trial.memory.peak_rss_bytes is not None
         assert trial.memory.peak_allocated_bytes is None
+        told = attribute(trial.memory)
+        assert told is not None
+        assert told.adds_up
+        assert told.parts["weights"] > 0 < told.parts["program"]
+        assert (trial.device_before, trial.device_after) == (None, None)
         assert trial.energy_joules is None
 
 
@@ -189,6 +196,48 @@ def test_a_text_longer_than_the_model_is_refused_before_anything_is_decoded(read
     endless = msgspec.structs.replace(ready.plan, max_new_tokens=10**6)
     with pytest.raises(UserError, match="lower --max-new-tokens"):
         prepare.refuse_what_does_not_fit(endless, loaded, {})
+
+
+def test_a_context_is_filled_to_the_token_with_what_others_say(ready: Ready) -> None:
+    loaded = weights.load(ready.plan.model, Bits(32), device="cpu")
+    alone, filled = (worker.encoded(ready.plan, loaded, {"two": ["1 2 3 4"]}, context) for context in (None, 300))
+    for key, ids in filled.items():
+        assert len(ids) == 300
+        assert ids[-len(alone[key]) :] == alone[key]
+    said = loaded.tokenizer.decode(filled["one", 0])
+    assert said.startswith("Count to four.\n\nName a bird")
+    assert said.count("Hi.") == 1, "a prompt's own text does not stand before it, for lookup to find"
+    with pytest.raises(UserError, match="larger --context"):
+        worker.encoded(ready.plan, loaded, {"two": ["1 2 3 4"]}, 4)
+
+
+def test_a_first_token_that_begins_every_text_stays_first(ready: Ready) -> None:
+    tokenizer = weights.load(ready.plan.model, Bits(32), device="cpu").tokenizer
+    tokenizer.bos_token = "<|start|>"
+    begin = tokenizer.bos_token_id
+    assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6)[0::5] == [begin, 8]
+    assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6).count(begin) == 1
+
+
+def test_on_a_cpu_a_cell_over_the_budget_is_a_row(ready: Ready) -> None:
+    tight = msgspec.structs.replace(ready.plan, vram_budget_bytes=2**20)
+    job = msgspec.structs.replace(ready.job("ar"), trials=str(ready.directory / "tight.jsonl"))
+    worker.work(job, tight, lambda event: None)
+    trials = [row[0] for row in read_trials(Path(job.trials)) if row]
+    assert [trial.outcome for trial in trials] == ["oom"] * 4
+    assert all(
+        "over the budget" in (trial.reason or "") and "0.001 allowed" in (trial.reason or "") for trial in trials
+    )
+    assert all(trial.memory is None for trial in trials)
+
+
+def test_on_an_accelerator_the_allocator_gets_the_budgets_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    for budget in (8, 100):
+        meters.cap(torch.device("cuda"), budget * 2**30)
+    assert shares == [0.1, 1.0]
 
 
 def test_half_a_line_is_not_continued(tmp_path: Path, ready: Ready) -> None:

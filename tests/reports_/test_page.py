@@ -14,11 +14,12 @@ import pytest
 from factory import cell, failed, run, trial
 from rich.console import Console
 
+from harness.errors import UserError
 from harness.metrics import summary
 from harness.results import Run, Training, Trial
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
-from reports.words import answers
+from reports.words import answers, fitting
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7*7 }}&amp;</style>|`*_"""
@@ -38,6 +39,8 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
         self.headings: list[str] = []
+        self.captions: list[str] = []
+        self.titles: list[str] = []
         self.open: list[str] = []
         self.feed(html)
         self.close()
@@ -54,8 +57,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] != "style":
             self.text.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+        for tag, kept in (("h2", self.headings), ("figcaption", self.captions), ("title", self.titles)):
+            if self.open and self.open[-1] == tag:
+                kept.append(data)
 
     @property
     def words(self) -> str:
@@ -218,12 +222,43 @@ def test_the_preliminary_banner_follows_the_manifest(preliminary: bool) -> None:
 
 
 def test_synthetic_trials_are_labelled_and_others_are_not() -> None:
-    made_up = method_run()
-    measured = [msgspec.structs.replace(each, synthetic=False) for each in made_up.rows]
-    assert "SYNTHETIC" in Page(render([made_up])).words
-    assert "SYNTHETIC" not in Page(render([run(*measured)])).words
-    mixed = Page(render([run(*(each for each in made_up.rows if each.cell.method == "ar"), *measured[1::2])])).words
-    assert mixed.count("SYNTHETIC") == 2, "the banner and the one row"
+    measured = method_run()
+    drawn = [msgspec.structs.replace(each, synthetic=True, drawn_acceptance=[0.7]) for each in measured.rows]
+    assert "SYNTHETIC" not in Page(render([measured])).words
+    page = Page(render([run(*drawn)]))
+    assert all("SYNTHETIC: " in line for line in (*page.captions, *page.titles))
+    assert len(page.captions) == 3
+    with pytest.raises(UserError, match="never put together"):
+        render([run(*drawn[::2], *measured.rows[1::2])])
+
+
+def test_a_budget_is_answered_over_all_bits() -> None:
+    def cells(bits: str, seconds: float, gib: int) -> list[Trial]:
+        own = [cell(name, bits=bits, context=512) for name in ("ar", "s3d")]
+        return [
+            trial(own[0], [1] * 4, 0.1, peak_bytes=gib * 2**30),
+            trial(own[1], [2, 2], seconds, peak_bytes=gib * 2**30),
+        ]
+
+    eagle = failed(cell("eagle", bits="16", context=512))
+    told = summary(run(*cells("16", 0.05, 6), *cells("nf4", 0.12, 2), eagle))
+    (line,) = fitting(told, 8 * 2**30)
+    assert line == (
+        "Within 8 GiB fastest is s3d in 16 bits (40.0 tok/s, peak 6.00 GiB), then s3d in 4 bits (nf4) (16.7 tok/s, "
+        "peak 2.00 GiB), then ar in 16 bits (10.0 tok/s, peak 6.00 GiB); 1 of 5 cells do not fit."
+    )
+    assert fitting(told, None) == []
+    (nothing,) = fitting(summary(run(eagle)), 2**30)
+    assert nothing == "Within 1 GiB nothing that was planned runs; 1 of 1 cells do not fit."
+    page = Page(render([run(*cells("16", 0.05, 6), vram_budget_bytes=8 * 2**30)])).words
+    assert "Within 8 GiB fastest is s3d in 16 bits" in page
+
+
+def test_the_longest_context_that_fits_is_told() -> None:
+    trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
+    out = failed(cell("s3d", context=16384))
+    (line,) = fitting(summary(run(*trials, trial(cell(context=16384)), out)), None)
+    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384, s3d in 32 bits 4,096."
 
 
 def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:

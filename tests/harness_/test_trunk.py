@@ -1,0 +1,43 @@
+"""The walk over a model whose layers lie on several devices, as far as one device and the meta device can show it."""
+
+from __future__ import annotations
+
+import bench
+import pytest
+import torch
+from tiny import tiny
+
+from harness.attention import CacheView
+from harness.draft import chain, tree
+from harness.trunk import Trunk
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_hidden_states_rotations_masks_and_cache_follow_the_layers(branched: bool) -> None:
+    """The second half of the layers, the norm and the head are elsewhere. Operations on two devices at once raise."""
+    whole = Trunk(tiny("llama"))
+    split = Trunk(tiny("llama"))
+    for part in (*split.layers[2:], split.body.norm, split.head_module):
+        part.to(META)
+    split = Trunk(split.model)
+    assert [device.type for device in split.devices] == ["cpu", "cpu", "meta", "meta"]
+    split.device = META  # nothing can be brought back from there, so outputs stay
+    ids_T = torch.tensor(bench.text(12, 128))
+    shape = tree((0, 0, 1), ids_T.device) if branched else chain(3, ids_T.device)
+    caches = [trunk.cache(64) for trunk in (whole, split)]
+    for trunk, cache in zip((whole, split), caches, strict=True):
+        for start, positions in ((0, torch.arange(8)), (8, 8 + shape.depth_M)):
+            block = shape.ancestors_MM if start and branched else None
+            view = CacheView(cache, start, positions, block)
+            hidden, tapped = trunk.run(
+                trunk.embed(ids_T[start : start + len(positions)])[None], positions, view, taps=[1, 2, 3]
+            )
+            cache.commit(8 if not start else 0)
+        logits = trunk.head(hidden)
+        assert logits.shape == (1, 4, 128)
+        assert {each.device for each in (hidden, logits, *tapped.values())} == {trunk.device}
+    for layer in (0, 1):
+        torch.testing.assert_close(caches[1].keys[layer], caches[0].keys[layer], rtol=0, atol=0)
+    assert [caches[1].keys[layer].device.type for layer in range(4)] == ["cpu", "cpu", "meta", "meta"]
