@@ -99,6 +99,40 @@ def report(directory: Annotated[Path, Parameter(name="RUN", help="Directory of a
     print(write_report(directory))
 
 
+@app.command(group_parameters="Options")
+def compare(
+    base: Annotated[Path, Parameter(name="BASE", help="A run, a directory of runs, or a trials.jsonl.")],
+    new: Annotated[Path, Parameter(name="NEW", help="What is held against it.")],
+    /,
+    *,
+    fail_on: Annotated[
+        tuple[str, ...],
+        Parameter(help="Gates: 'tau<-1%' (relative change), lossless, output.", negative=""),
+    ] = (),
+    out: Annotated[Path | None, Parameter(help="Folder for Markdown, JUnit XML and JSON.")] = None,
+    markdown: Annotated[bool, _flag("Print Markdown instead of a table.")] = False,
+) -> int:
+    """Say what changed between two results; exit status 1 where a gate is surely crossed.
+
+    A difference counts only where its whole 95 % interval is beyond the threshold. Without --fail-on the gates are
+    tau<-1%, speedup<-5%, peak_bytes>+2%, lossless and output.
+    """
+    from harness import compare as comparing
+    from harness import gates, results
+    from reports import comparison
+
+    wanted = [gates.parse_gate(text) for text in fail_on or gates.DEFAULT_GATES]
+    before, after = (comparing.gather(str(path), results.read_runs(path)) for path in (base, new))
+    found = comparing.compare(before, after, wanted)
+    if markdown:
+        print(comparison.markdown(found), end="")
+    else:
+        comparison.show(found)
+    if out is not None:
+        comparison.write(found, out)
+    return found.exit_status
+
+
 @app.command(name="list")
 def list_() -> None:
     """Show methods with their options, prompt sets and models."""

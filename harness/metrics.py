@@ -33,6 +33,11 @@ VerdictKind = Literal[
     "no_pairs",
 ]
 
+BROKEN: tuple[VerdictKind, ...] = ("differs",)
+"kinds that say the output is not the target's"
+KEPT: tuple[VerdictKind, ...] = ("reference", "identical")
+"kinds that say it is"
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Trials of one cell that failed in the same way."""
@@ -255,9 +260,9 @@ def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
 
 def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
     """The fields of Row that need the baseline, over the pairs of trials that both sides finished."""
-    if base is None or own.cell.method == BASELINE or (pairs := _pairs(own.good, base.good)).empty:
+    if base is None or own.cell.method == BASELINE or (pairs := pairs_of(own.good, base.good)).empty:
         return {"baseline": base.cell.id if base else None}
-    by_round = _sides(pairs, "round")
+    by_round = sides_by(pairs, "round")
     speedup = ratio_interval_over_rounds(*by_round)
     peak, base_peak = own.peak_bytes, base.peak_bytes
     memory = (peak, base_peak) if peak is not None and base_peak is not None else None
@@ -266,12 +271,12 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
         "baseline": base.cell.id,
         "pairs": len(pairs),
         "speedup": speedup,
-        "speedup_prompts": bootstrap_over_prompts(*_sides(pairs, "prompt_id")),
+        "speedup_prompts": bootstrap_over_prompts(*sides_by(pairs, "prompt_id")),
         "speedup_by_category": tuple(
             CategorySpeedup(
                 category=str(category),
                 prompts=part.prompt_id.nunique(),
-                speedup=ratio_interval_over_rounds(*_sides(part, "round")),
+                speedup=ratio_interval_over_rounds(*sides_by(part, "round")),
             )
             for category, part in pairs.groupby("category", sort=False)
         ),
@@ -375,14 +380,14 @@ def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
     return tokens, passes
 
 
-def _pairs(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
+def pairs_of(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
     """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
     keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds"]
     own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
     return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
 
 
-def _sides(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
+def sides_by(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
     """Both sides' tokens per second, one sample for each value of `by`."""
     names = ["decode_tokens", "decode_seconds", "decode_tokens_base", "decode_seconds_base"]
     tokens, seconds, base_tokens, base_seconds = (

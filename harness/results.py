@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -230,10 +230,21 @@ def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Replace `manifest.json` atomically."""
-    partial = directory / "manifest.json.partial"
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-    os.replace(partial, directory / "manifest.json")
+    """Replace `manifest.json` atomically. What a newer program wrote into it, and we do not know, stays."""
+    path, partial = directory / "manifest.json", directory / "manifest.json.partial"
+    fields = msgspec.to_builtins(manifest)
+    unknown = {key: value for key, value in _object(path).items() if key not in fields}
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(fields | unknown), indent=2))
+    os.replace(partial, path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(directory: Path | str) -> Run:
@@ -252,6 +263,60 @@ def read_run(directory: Path | str) -> Run:
             raise
         raise UserError(f"{manifest_path} cannot be read: {error}") from error
     path = directory / "trials.jsonl"
-    rows = list(read_trials(path)) if path.is_file() else []
+    good, skipped = _good_lines(path) if path.is_file() else ((), 0)
+    return Run(directory, manifest, good, skipped)
+
+
+def read_runs(path: Path | str) -> list[Run]:
+    """The runs that a path names: a run, a directory of runs, or a file of trials. Raises UserError for none.
+
+    A file of trials in a run's directory is that run; elsewhere its manifest says what the trials do, and no host.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return [read_run(path)]
+    if path.is_dir():
+        found = [read_run(each.parent) for each in sorted(path.glob("*/manifest.json"))]
+        if not found:
+            raise UserError(f"{path} holds no run: give a run, a directory of runs, or a trials.jsonl")
+        return found
+    if not path.is_file():
+        raise UserError(f"no {path}: give a run, a directory of runs, or a trials.jsonl")
+    if path.name == "trials.jsonl" and path.with_name("manifest.json").is_file():
+        return [read_run(path.parent)]
+    good, skipped = _good_lines(path)
+    if not good:
+        raise UserError(f"{path} holds no trial: give a run, a directory of runs, or a trials.jsonl")
+    return [Run(path.parent, _manifest_of(good), good, skipped)]
+
+
+def _good_lines(path: Path) -> tuple[tuple[Trial, ...], int]:
+    """Trials, and how many lines are none. Raises UserError for those of a newer schema."""
+    rows = list(read_trials(path))
     good = tuple(row[0] for row in rows if row is not None)
-    return Run(directory, manifest, good, skipped_lines=sum(row is None for row in rows))
+    newest = max((trial.schema for trial in good), default=SCHEMA)
+    if newest > SCHEMA:
+        raise UserError(f"{path} has schema {newest}, newer than {SCHEMA}: update the harness")
+    return good, len(rows) - len(good)
+
+
+def _manifest_of(trials: Sequence[Trial]) -> Manifest:
+    """What trials tell of the run that they are from."""
+    first = trials[0]
+    return Manifest(
+        schema=first.schema,
+        run=first.run,
+        created="",
+        command=[],
+        model=first.cell.model,
+        prompt_set=first.prompt_set,
+        prompt_set_sha256="",
+        prompts=len({trial.prompt_id for trial in trials}),
+        turns=1 + max(trial.turn for trial in trials),
+        cells=list({trial.cell.id: trial.cell for trial in trials}.values()),
+        rounds=1 + max(trial.round for trial in trials),
+        seed=first.seed,
+        temperature=first.temperature,
+        top_p=first.top_p,
+        max_new_tokens=first.max_new_tokens or 0,
+    )

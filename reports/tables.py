@@ -63,8 +63,8 @@ def markdown(rows: Sequence[Row]) -> str:
         return "No cells.\n"
     headers = list(records[0])
     rule = ["---:" if header in NUMERIC else "---" for header in headers]
-    lines = [[_markdown_text(text) for text in each.values()] for each in records]
-    below = "".join(f"- {_markdown_text(line)}\n" for line in failures(rows))
+    lines = [[markdown_text(text) for text in each.values()] for each in records]
+    below = "".join(f"- {markdown_text(line)}\n" for line in failures(rows))
     return "".join(f"| {' | '.join(line)} |\n" for line in (headers, rule, *lines)) + ("\n" + below if below else "")
 
 
@@ -239,7 +239,8 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
     """What to beware of: as the run recorded it, and what its files show."""
     lines = list(run.manifest.warnings)
     if run.skipped_lines:
-        lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
+        torn = f"{run.skipped_lines} line{'s' * (run.skipped_lines != 1)}"
+        lines.append(f"{torn} of trials.jsonl could not be read and are not in any number here.")
     if count := sum(row.trials_failed for row in rows):
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
     if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
@@ -272,5 +273,5 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)

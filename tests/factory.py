@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.results import Cell, Manifest, Memory, Run, Trial
 
-MIB = 2**20
+MIB, GIB_BYTES = 2**20, 2**30
 
 
 def cell(method: str = "ar", **changes: Any) -> Cell:
