@@ -63,13 +63,13 @@ def show(comparison: Comparison) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("method", "bits", "metric", "base", "new", "change (95 %)"):
-        words = header in ("method", "bits", "metric")
-        table.add_column(header, justify="left" if words else "right", no_wrap=True, overflow="fold")
+    for header in ("", "base", "new", "change (95 %)"):
+        table.add_column(header, justify="right" if header else "left", overflow="fold")
     last = ""
-    for cell, _, words_of in figures(comparison):
-        name = (plain(cell.label), plain(cell.bits)) if cell.id != last else ("", "")
-        table.add_row(*map(Text, (*name, *words_of)))
+    for cell, _, words in figures(comparison):
+        if cell.id != last:
+            table.add_row(Text(plain(f"{cell.label} in {cell.bits}"), "bold"))
+        table.add_row(*map(Text, (f"  {words[0]}", *words[1:])))
         last = cell.id
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table, soft_wrap=False)
