@@ -66,7 +66,9 @@ def run(
     prompts: Annotated[str | None, Parameter(help="standard, quick, a JSONL file, or hf:org/name.")] = None,
     limit: Annotated[int | None, Parameter(help="So many prompts, spread over the categories.")] = None,
     max_new_tokens: Annotated[int | None, Parameter(help="Length of an answer; 32 on a CPU, else 128.")] = None,
-    rounds: Annotated[int | None, Parameter(help="Fresh processes for each cell; 1 on a CPU, else 3.")] = None,
+    rounds: Annotated[str | None, Parameter(help="Fresh processes for each cell, or auto; 1 on a CPU, else 3.")] = None,
+    precision: Annotated[float | None, Parameter(help="Auto rounds end at intervals this narrow; 0.02 is 2 %.")] = None,
+    time_budget: Annotated[str | None, Parameter(help="And after this time: 600, 20m, 2h; default 1h.")] = None,
     temperature: Annotated[float | None, Parameter(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, Parameter(help="Sample from this much of the probability mass.")] = None,
     seed: Annotated[int | None, Parameter(help="Of sampling and of the order of cells.")] = None,
@@ -87,7 +89,8 @@ def run(
 
     from_file = {} if config is None else _toml(config)
     read_request(from_file, str(config))
-    request = read_request(from_file | {name: value for name, value in asked.items() if value is not None})
+    given = {name: value for name, value in asked.items() if value is not None}
+    request = read_request(from_file | given | _whole(given, "rounds"))
     plan = make_plan(request)
     terminal.show_plan(plan)
     return 0 if dry_run else _show_result(carry_out(plan, request.out))
@@ -241,6 +244,12 @@ def _show_result(directory: Path) -> int:
     rows = metrics.summary(run)
     terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
     return 0 if any(row.outcome == "ok" for row in run.rows) else 1
+
+
+def _whole(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An option that is a number or a word, as a number where it is one."""
+    text = str(given.get(name, ""))
+    return {name: int(text)} if text.lstrip("+-").isdigit() else {}
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     token_texts: list[str] | None = None
     "text piece of each new token, only in round 0"
+    warm_up_passes: int | None = None
+    "short texts decoded before the first trial of the process"
+    warm_up_settled: bool | None = None
+    "whether the last of them was no longer faster than the one before"
     prefill_seconds: float | None = None
     "prompt forward and the method's own start, to the first token known on the host"
     decode_seconds: float | None = None
@@ -178,6 +182,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     max_new_tokens: int
     system: str | None = None
     raw: bool = False
+    precision: float | None = None
+    "`--rounds auto`: how narrow every speed-up's interval was to be; `rounds` is then how many it came to"
+    time_budget_seconds: float | None = None
     isolation: str = "round"
     executor: str = "local"
     preliminary: bool = False

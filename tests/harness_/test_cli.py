@@ -52,7 +52,10 @@ def test_what_only_reads_results_needs_no_torch(tmp_path: Path) -> None:
     ("arguments", "hint"),
     [
         (("run", "--mehods", "ar"), "Did you mean --methods?"),
-        (("run", "--rounds", "many"), "--rounds"),
+        (("run", "--rounds", "many"), "rounds"),
+        (("run", "--rounds", "0"), "rounds: expected a whole number >= 1"),
+        (("run", "--precision", "0.01"), "`--rounds auto`"),
+        (("run", "--rounds", "auto", "--time-budget", "soon", "--methods", "ar"), "write seconds, or 20m"),
         (("run", "ar"), "ar"),
         (("run", "--methods", "prompt-lokup"), "did you mean 'prompt-lookup'"),
         (("run", "--methods", "prompt-lookup:gama=3"), "gamma"),
