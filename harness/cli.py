@@ -238,11 +238,12 @@ def _show_result(directory: Path) -> int:
     """Table and paths; exit status 1 where nothing could be measured."""
     from harness import metrics, terminal
     from harness.results import read_run
-    from reports import tables
+    from reports import tables, words
 
     run = read_run(directory)
     rows = metrics.summary(run)
-    terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
+    notes = words.against_itself(rows)
+    terminal.show_result(run, tables.rich_table(rows), notes, tables.warnings(run, rows))
     return 0 if any(row.outcome == "ok" for row in run.rows) else 1
 
 

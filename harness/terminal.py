@@ -200,10 +200,12 @@ def duration(seconds: float) -> str:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def show_result(run: Run, table: RenderableType, warnings: Sequence[str]) -> None:
-    """The table, what to beware of, and where the files are."""
+def show_result(run: Run, table: RenderableType, notes: Sequence[str], warnings: Sequence[str]) -> None:
+    """The table, the control, what to beware of, and where the files are."""
     console = Console(highlight=False, markup=False)
     console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
     for warning in warnings:
         console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
     if run.manifest.preliminary:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from harness.metrics import REPEAT_NGRAM, Row, summary
 from harness.results import Run, Trial
 from harness.stats import PROMPTS_LIKE_THESE, THESE_PROMPTS, Interval
-from reports import charts, tables, words
+from reports import certainty, charts, tables, words
 
 TOKEN_VIEW_PROMPTS = 4
 
@@ -118,6 +118,7 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "synthetic": any(row.synthetic for row in rows),
         "answers": words.answers(rows, device),
         "against_itself": words.against_itself(rows),
+        "certainty": list(certainty.lines(run, rows)),
         "scatter": figure(
             "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)
         ),

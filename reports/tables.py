@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.doubts import doubts
 from harness.metrics import GIB, Row, Verdict
 from harness.results import Cell, Run
 from harness.stats import Interval
@@ -249,7 +250,7 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(
             "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
         )
-    return lines
+    return lines + [plain(line) for line in doubts(run, rows)]
 
 
 def number(value: float | None, digits: int) -> str:
