@@ -235,7 +235,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _show_result(directory: Path) -> int:
-    """Table and paths; exit status 1 where nothing could be measured."""
+    """Table and paths; exit status 1 where nothing could be measured, or a method's text surely is not the target's."""
     from harness import metrics, terminal
     from harness.results import read_run
     from reports import tables, words
@@ -244,7 +244,8 @@ def _show_result(directory: Path) -> int:
     rows = metrics.summary(run)
     notes = words.against_itself(rows)
     terminal.show_result(run, tables.rich_table(rows), notes, tables.warnings(run, rows))
-    return 0 if any(row.outcome == "ok" for row in run.rows) else 1
+    diverged = any(row.verdict.kind == "diverged" for row in rows)
+    return 0 if any(row.outcome == "ok" for row in run.rows) and not diverged else 1
 
 
 def _whole(given: Mapping[str, Any], name: str) -> dict[str, Any]:

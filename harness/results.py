@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,22 @@ class Manifest(msgspec.Struct, kw_only=True):
     "sentences: what keeps the figures from saying more, or from being trusted"
 
 
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """A place where a method's answer parts from its baseline's, scored again in float64."""
+
+    cell: str
+    prompt_id: str
+    turn: int
+    position: int
+    "index into the new tokens"
+    margin: float | None
+    "how far the worse token is below the best logit; None where one text ends here"
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return (self.cell, self.prompt_id, self.turn, self.position)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory, read."""
@@ -205,6 +222,8 @@ class Run:
     rows: tuple[Trial, ...]
     skipped_lines: int
     "lines that could not be read (a file cut off in the middle of a line)"
+    judged: tuple[Judged, ...] = ()
+    "of `judged.jsonl`: what float64 says of texts that differ"
 
 
 def append_trial(path: Path, trial: Trial) -> None:
@@ -271,7 +290,13 @@ def read_run(directory: Path | str) -> Run:
         raise UserError(f"{manifest_path} cannot be read: {error}") from error
     path = directory / "trials.jsonl"
     good, skipped = _good_lines(path) if path.is_file() else ((), 0)
-    return Run(directory, manifest, good, skipped)
+    return Run(directory, manifest, good, skipped, tuple(_judged(directory / "judged.jsonl")))
+
+
+def _judged(path: Path) -> Iterator[Judged]:
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(msgspec.MsgspecError):  # torn, and so judged again
+            yield msgspec.json.decode(line, type=Judged)
 
 
 def read_runs(path: Path | str) -> list[Run]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from harness import child, drafter, host, metrics, worker
+from harness import child, drafter, host, judge, metrics, worker
 from harness.errors import UserError
 from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan
 from harness.results import Manifest, Outcome, Training, read_run, write_manifest
@@ -59,7 +59,19 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
             _work(job, plan, directory / "workers", on_event)
     else:
         _until_precise(plan, directory, manifest, prepared.sources, on_event)
+    _judge(plan, directory, prepared.sources, on_event)
     return directory
+
+
+def _judge(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
+    """Have texts that differ from their baseline's scored again in float64; what cannot be stays unjudged."""
+    if not metrics.unjudged(read_run(directory)):
+        return
+    path, log = (directory / "workers" / f"judge.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(judge.Job(directory=str(directory), sources=sources)))
+    status = child.run("harness.judge", path, log, on_event, host.worker_environment(plan.device))
+    if status != 0:
+        on_event(child.Warned(f"differing answers could not be judged in float64: {_death(status, log)[1]}"))
 
 
 def _left(jobs: Iterable[Job], plan: Plan) -> int:

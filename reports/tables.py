@@ -27,6 +27,8 @@ NUMERIC = ("tok/s", "τ", "peak GiB", "tok/s per GiB")
 _VERDICTS: dict[str, str] = {
     "reference": "reference",
     "identical": "identical ({answers} answers)",
+    "near_tie": "near-tie: {differing} of {answers} answers, at most {margin} logits apart",
+    "diverged": "DIVERGED: {differing} of {answers} answers, first at token {position}",
     "differs": "DIFFERS: {differing} of {answers} answers, first at token {position}",
     "near_tie_not_excluded": "differs (near-tie not excluded): {differing} of {answers} answers, "
     "first at token {position}",
@@ -127,7 +129,13 @@ def _short_verdict(row: Row) -> str:
     if not row.trials_ok:
         return outcomes(row)
     told = row.verdict
-    words = {"differs": "DIFFERS", "near_tie_not_excluded": "differs", "not_testable": "untestable"}
+    words = {
+        "diverged": "DIVERGED",
+        "near_tie": "near-tie",
+        "differs": "DIFFERS",
+        "near_tie_not_excluded": "differs",
+        "not_testable": "untestable",
+    }
     words |= {"lossy_by_design": "lossy", "no_pairs": NOTHING}
     return words.get(told.kind, told.kind) + (f" {told.differing}/{told.answers}" if told.differing else "")
 
@@ -231,9 +239,12 @@ def verdict(row: Row) -> str:
     if told.kind == "reference" and told.differing:
         return f"reference; {told.differing} of {told.answers} answers differ between its own rounds"
     position = None if told.first_position is None else told.first_position + 1
-    return _VERDICTS[told.kind].format(
-        answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits)
+    precise = f"; in 32 bits: {told.at_32_bits.replace('_', ' ')}" if told.at_32_bits else ""
+    margin = None if told.margin is None else f"{told.margin:.2g}"
+    words = _VERDICTS[told.kind].format(
+        answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits), margin=margin
     )
+    return words + precise
 
 
 def warnings(run: Run, rows: Sequence[Row]) -> list[str]:

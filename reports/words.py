@@ -10,7 +10,7 @@ from harness.results import Training
 from harness.stats import Interval
 from reports.tables import gib, grouped, number, plain, times
 
-UNFAITHFUL = ("lossy_by_design", "differs")
+UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
 
 
 def answers(rows: Sequence[Row], device: str) -> list[str]:
