@@ -136,6 +136,38 @@ def compare(
     return found.exit_status
 
 
+history = App(name="history", help="Keep runs in one file, and show what changed over commits.")
+app.command(history)
+HistoryFile = Annotated[Path, Parameter(help="SQLite file.")]
+
+
+@history.command(name="add")
+def history_add(
+    runs: Annotated[list[Path], Parameter(name="RUN", help="Directories of runs.")],
+    /,
+    *,
+    file: HistoryFile = Path("history.sqlite"),
+) -> None:
+    """Put runs into the history; one that is there already is kept once."""
+    from harness import history as kept
+
+    new = kept.add(file, runs)
+    print(f"{file}: {new} new of {len(runs)}")
+
+
+@history.command(name="show")
+def history_show(
+    *,
+    file: HistoryFile = Path("history.sqlite"),
+    out: Annotated[Path | None, Parameter(help="The page; default: beside the file.")] = None,
+) -> None:
+    """Write a page of tau, speed-up and memory over commits, with the steps marked from ten runs on."""
+    from harness import history as kept
+    from reports import timeline
+
+    print(timeline.write(kept.series(file), out or file.with_suffix(".html")))
+
+
 @app.command(name="list")
 def list_() -> None:
     """Show methods with their options, prompt sets and models."""
