@@ -96,10 +96,22 @@ def run(
     return 0 if dry_run else _show_result(carry_out(plan, request.out))
 
 
-@app.command
-def report(directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")], /) -> None:
+@app.command(group_parameters="Options")
+def report(
+    directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")],
+    /,
+    *,
+    judge_export: Annotated[Path | None, Parameter(help="Folder for answers in FastChat's format, instead.")] = None,
+) -> None:
     """Write the HTML page of a run anew."""
-    print(write_report(directory))
+    if judge_export is None:
+        print(write_report(directory))
+        return
+    from harness.results import read_run
+    from reports import judging
+
+    for path in judging.write(read_run(directory), judge_export):
+        print(path)
 
 
 @app.command(group_parameters="Options")
@@ -274,7 +286,7 @@ def _show_result(directory: Path) -> int:
 
     run = read_run(directory)
     rows = metrics.summary(run)
-    notes = words.against_itself(rows)
+    notes = [*words.changed_targets(run), *words.against_itself(rows)]
     terminal.show_result(run, tables.rich_table(rows), notes, tables.warnings(run, rows))
     diverged = any(row.verdict.kind == "diverged" for row in rows)
     return 0 if any(row.outcome == "ok" for row in run.rows) and not diverged else 1

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from harness.intervals import controls
 from harness.metrics import Row
-from harness.results import Run, Trial
+from harness.results import BASELINE, Run, Trial
 
 DRIFT, DRIFT_P = 0.03, 0.01
 FEWEST_ROUNDS_FOR_DRIFT = 3
@@ -109,10 +109,11 @@ def control(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def first_trials(good: Sequence[Trial]) -> Iterator[str]:
-    """The first trial of a process against its others, by the median step."""
+    """The first trial of a baseline's process against its others, by the median step: the work is the same in each."""
     processes: dict[tuple[str, int], list[Trial]] = {}
     for trial in good:
-        processes.setdefault((trial.cell.id, trial.round), []).append(trial)
+        if trial.cell.method == BASELINE:
+            processes.setdefault((trial.cell.id, trial.round), []).append(trial)
     slow: dict[str, list[float]] = {}
     for trials in processes.values():
         steps = [statistics.median(trial.round_seconds) for trial in trials if trial.round_seconds]

@@ -160,6 +160,21 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     held_out_tau: float | None = None
 
 
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a target is from the base weights at 32 bits, on held-out text."""
+
+    weights: str
+    bits: str
+    dtype: str
+    positions: int
+    perplexity: float
+    reference_bits: str
+    "32; 16 for a base that does not fit in 32"
+    reference_perplexity: float
+    agreement: float
+    "share of positions where both put the same token first"
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """What was planned, where it ran, and how. Everything a reader needs to judge or repeat the run."""
 
@@ -193,6 +208,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     host: dict[str, Any] = {}
     versions: dict[str, str] = {}
     training: list[Training] = []
+    quality: list[Quality] = []
+    "of every target that is not the base weights at 32 bits"
     warnings: list[str] = []
     "sentences: what keeps the figures from saying more, or from being trusted"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from harness import child, drafter, host, judge, metrics, worker
+from harness import child, drafter, host, judge, metrics, quality, worker
 from harness.errors import UserError
 from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan
 from harness.results import Manifest, Outcome, Training, read_run, write_manifest
@@ -53,6 +53,9 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
     _record(directory, manifest, prepared, [*plan.warnings(), *noticed])
     for warning in noticed:
         on_event(child.Warned(warning))
+    if left and not manifest.quality:
+        _quality(plan, directory, prepared.sources, on_event)
+        manifest = read_run(directory).manifest
     on_event(child.Left(left))
     if plan.precision is None:
         for job in jobs:
@@ -61,6 +64,17 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
         _until_precise(plan, directory, manifest, prepared.sources, on_event)
     _judge(plan, directory, prepared.sources, on_event)
     return directory
+
+
+def _quality(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
+    """Have targets that are not the base at 32 bits held against it; the run goes on where they cannot be."""
+    if not quality.changed(plan):
+        return
+    path, log = (directory / "workers" / f"quality.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(quality.Job(directory=str(directory), sources=sources)))
+    status = child.run("harness.quality", path, log, on_event, host.worker_environment(plan.device))
+    if status != 0:
+        on_event(child.Warned(f"changed targets could not be held against 32 bits: {_death(status, log)[1]}"))
 
 
 def _judge(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:

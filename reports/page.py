@@ -118,6 +118,7 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "synthetic": any(row.synthetic for row in rows),
         "answers": words.answers(rows, device),
         "against_itself": words.against_itself(rows),
+        "changed_targets": words.changed_targets(run),
         "certainty": list(certainty.lines(run, rows)),
         "scatter": figure(
             "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)

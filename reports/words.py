@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from harness.intervals import Control, controls
 from harness.metrics import Row
-from harness.results import Training
+from harness.results import Quality, Run, Training
 from harness.stats import Interval
-from reports.tables import gib, grouped, number, plain, times
+from reports.tables import bits_name, gib, grouped, number, plain, times
 
 UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
 
@@ -84,6 +84,20 @@ def _control(one: Control) -> str:
     return (
         f"the baseline against itself, odd rounds over even ones, is {one.ratio.value:.3f} "
         f"(95 % interval {one.ratio.low:.3f} to {one.ratio.high:.3f}, which {holds}); it ran at {ran}."
+    )
+
+
+def changed_targets(run: Run) -> list[str]:
+    """For each target that is not the base weights at 32 bits, how far it is from them."""
+    return [_changed(one) for one in run.manifest.quality]
+
+
+def _changed(one: Quality) -> str:
+    merged = "" if one.weights == "base" else f" with the weights {plain(one.weights)}"
+    return (
+        f"{bits_name(one.bits)}{merged}: another model than the base in {bits_name(one.reference_bits)}. On held-out "
+        f"text its perplexity is {one.perplexity:.2f} against {one.reference_perplexity:.2f}, and its next token is "
+        f"the same at {one.agreement:.1%} of {one.positions:,} positions."
     )
 
 

@@ -61,13 +61,13 @@ def test_uneven_steps_of_the_baseline_are_another_programs() -> None:
 
 def test_a_slow_first_trial_and_a_warm_up_that_did_not_settle() -> None:
     slow = [
-        msgspec.structs.replace(one, round_seconds=[0.3] * 4)
-        if one.prompt_id == "p0" and one.cell.method == "s3d"
+        msgspec.structs.replace(one, round_seconds=[0.12] * 12)
+        if one.prompt_id == "p0" and one.cell.method == "ar"
         else one
         for one in quiet(warm_up_passes=6, warm_up_settled=False)
     ]
     first, restless = raised(*slow)
-    assert "first trial of a process is slow (s3d: a step takes 50% more" in first
+    assert "first trial of a process is slow (ar: a step takes 20% more" in first
     assert "in 8 processes steps still became faster after a warm-up of 6 short texts" in restless
 
 
