@@ -26,8 +26,8 @@ from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import diagnose, exact_float32
 from prompts import load
 
-TEXTS = 24
-LONGEST = 512
+TEXTS = 12
+LONGEST = 256
 "tokens of a text that are scored at most"
 
 
