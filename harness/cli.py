@@ -68,7 +68,9 @@ def run(
     prompts: Annotated[str | None, Parameter(help="standard, quick, a JSONL file, or hf:org/name.")] = None,
     limit: Annotated[int | None, Parameter(help="So many prompts, spread over the categories.")] = None,
     max_new_tokens: Annotated[int | None, Parameter(help="Length of an answer; 32 on a CPU, else 128.")] = None,
-    rounds: Annotated[int | None, Parameter(help="Fresh processes for each cell; 1 on a CPU, else 3.")] = None,
+    rounds: Annotated[str | None, Parameter(help="Fresh processes for each cell, or auto; 1 on a CPU, else 3.")] = None,
+    precision: Annotated[float | None, Parameter(help="Auto rounds end at intervals this narrow; 0.02 is 2 %.")] = None,
+    time_budget: Annotated[str | None, Parameter(help="And after this time: 600, 20m, 2h; default 1h.")] = None,
     temperature: Annotated[float | None, Parameter(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, Parameter(help="Sample from this much of the probability mass.")] = None,
     seed: Annotated[int | None, Parameter(help="Of sampling and of the order of cells.")] = None,
@@ -97,16 +99,95 @@ def run(
 
     from_file = {} if config is None else _toml(config)
     read_request(from_file, str(config))
-    request = read_request(from_file | {name: value for name, value in asked.items() if value is not None})
+    given = {name: value for name, value in asked.items() if value is not None}
+    request = read_request(from_file | given | _whole(given, "rounds"))
     plan = make_plan(request)
     terminal.show_plan(plan)
     return 0 if dry_run else _show_result(carry_out(plan, request.out))
 
 
-@app.command
-def report(directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")], /) -> None:
+@app.command(group_parameters="Options")
+def report(
+    directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")],
+    /,
+    *,
+    judge_export: Annotated[Path | None, Parameter(help="Folder for answers in FastChat's format, instead.")] = None,
+) -> None:
     """Write the HTML page of a run anew."""
-    print(write_report(directory))
+    if judge_export is None:
+        print(write_report(directory))
+        return
+    from harness.results import read_run
+    from reports import judging
+
+    for path in judging.write(read_run(directory), judge_export):
+        print(path)
+
+
+@app.command(group_parameters="Options")
+def compare(
+    base: Annotated[Path, Parameter(name="BASE", help="A run, a directory of runs, or a trials.jsonl.")],
+    new: Annotated[Path, Parameter(name="NEW", help="What is held against it.")],
+    /,
+    *,
+    fail_on: Annotated[
+        tuple[str, ...],
+        Parameter(help="Gates: 'tau<-1%' (relative change), lossless, output.", negative=""),
+    ] = (),
+    out: Annotated[Path | None, Parameter(help="Folder for Markdown, JUnit XML and JSON.")] = None,
+    markdown: Annotated[bool, _flag("Print Markdown instead of a table.")] = False,
+) -> int:
+    """Say what changed between two results; exit status 1 where a gate is surely crossed.
+
+    A difference counts only where its whole 95 % interval is beyond the threshold. Without --fail-on the gates are
+    tau<-1%, speedup<-5%, peak_bytes>+2%, lossless and output.
+    """
+    from harness import compare as comparing
+    from harness import gates, results
+    from reports import comparison
+
+    wanted = [gates.parse_gate(text) for text in fail_on or gates.DEFAULT_GATES]
+    before, after = (comparing.gather(str(path), results.read_runs(path)) for path in (base, new))
+    found = comparing.compare(before, after, wanted)
+    if markdown:
+        print(comparison.markdown(found), end="")
+    else:
+        comparison.show(found)
+    if out is not None:
+        comparison.write(found, out)
+    return found.exit_status
+
+
+history = App(name="history", help="Keep runs in one file, and show what changed over commits.")
+app.command(history)
+HistoryFile = Annotated[Path, Parameter(help="SQLite file.")]
+
+
+@history.command(name="add")
+def history_add(
+    runs: Annotated[list[Path], Parameter(name="RUN", help="Directories of runs.")],
+    /,
+    *,
+    file: HistoryFile = Path("history.sqlite"),
+) -> None:
+    """Put runs into the history; one that is there already is kept once."""
+    from harness import history as kept
+
+    new = kept.add(file, runs)
+    print(f"{file}: {new} new of {len(runs)}")
+
+
+@history.command(name="show")
+def history_show(
+    *,
+    file: HistoryFile = Path("history.sqlite"),
+    out: Annotated[Path | None, Parameter(help="The page; default: beside the file.")] = None,
+) -> None:
+    """Write a page of tau, speed-up and memory over commits, with the steps marked from ten runs on."""
+    from harness import history as kept
+    from reports import timeline
+
+    print(timeline.write(kept.series(file), out or file.with_suffix(".html")))
 
 
 @app.command(name="list")
@@ -216,7 +297,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _show_result(directory: Path) -> int:
-    """Table and paths; exit status 1 where nothing could be measured."""
+    """Table and paths; exit status 1 where nothing could be measured, or a method's text surely is not the target's."""
     from harness import metrics, terminal
     from harness.results import read_run
     from reports import tables, words
@@ -225,8 +306,16 @@ def _show_result(directory: Path) -> int:
     rows = metrics.summary(run)
     for line in words.fitting(rows, run.manifest.vram_budget_bytes):
         print(line)
-    terminal.show_result(run, tables.rich_table(rows), tables.warnings(run, rows))
-    return 0 if any(row.outcome == "ok" for row in run.rows) else 1
+    notes = [*words.changed_targets(run), *words.against_itself(rows)]
+    terminal.show_result(run, tables.rich_table(rows), notes, tables.warnings(run, rows))
+    diverged = any(row.verdict.kind == "diverged" for row in rows)
+    return 0 if any(row.outcome == "ok" for row in run.rows) and not diverged else 1
+
+
+def _whole(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An option that is a number or a word, as a number where it is one."""
+    text = str(given.get(name, ""))
+    return {name: int(text)} if text.lstrip("+-").isdigit() else {}
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ PACKAGES = (
     *("spec-harness", "torch", "transformers", "tokenizers", "accelerate", "bitsandbytes", "safetensors", "numpy"),
     "msgspec",
 )
+VECTOR_UNITS = ("amx", "avx", "fma", "f16c", "sse4", "asimd", "sve", "bf16", "i8mm")
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 
 
@@ -32,6 +33,7 @@ def facts(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": cpu_name(),
+        "instruction_sets": instruction_sets(),
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -90,6 +92,14 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def instruction_sets() -> str:
+    """The vector units that libraries choose their kernels by; empty where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return " ".join(sorted(flag for flag in flags if flag.startswith(VECTOR_UNITS)))
 
 
 def nvidia_devices() -> list[dict[str, Any]]:

@@ -9,22 +9,26 @@ and 4 bits the target disagrees with itself between one token and several at a t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+from scipy import stats as scipy_stats
 
 from harness.decode import Step
 from harness.errors import UserError
-from harness.metrics import depth_counts, first_difference
+from harness.metrics import NEAR_TIE, depth_counts, first_difference
 from harness.results import append_line
 
 VERSION = 1
-NEAR_TIE = {"32": 2e-4, "16": 0.25}
-"logits apart, by precision; none for quantised weights"
+TESTABLE = 0.01
+"share of argmaxes that a quantised target may flip against itself before a difference means nothing"
+CHANCE = 0.01
+"p-value below which a method parts from a quantised target more often than that target from itself"
 
 Outcome = Literal["identical", "near-tie", "DIVERGED", "untestable"]
+Word = Literal["identical", "near-tie", "DIVERGED", "not testable in these bits", "lossy by design"]
 Gap = Callable[[int], float]
 "position of the first differing token -> how far the worse of the two tokens is below the best logit, in float64"
 
@@ -79,13 +83,24 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     "by depth, rounds that drafted so deep and had all before it accepted"
     accepted: tuple[int, ...]
     "by depth, rounds that accepted it"
+    lossless: bool = True
+    "what the method promises"
 
     @property
     def key(self) -> tuple[str, str, str, int]:
         return (self.method, self.weights, self.prompt_id, self.turn)
 
 
-Line = Heading | Reference | Finding
+class Control(msgspec.Struct, frozen=True, kw_only=True, tag="control"):
+    """A quantised target against itself: its own text, scored several tokens at a time instead of one."""
+
+    weights: str
+    positions: int
+    flips: int
+    "positions whose argmax is another token"
+
+
+Line = Heading | Reference | Finding | Control
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -146,11 +161,18 @@ def read(paths: Iterable[Path]) -> tuple[Heading, list[Reference], list[Finding]
                     references[line.key] = line
                 case Finding():
                     findings[line.key] = line
+                case Control():
+                    pass
     if len(headings) != 1:
         names = ", ".join(map(str, headings.values())) or "these files"
         what = "were made with different settings" if headings else "hold no findings"
         raise UserError(f"{names} {what}: give files of one `python -m harness verify`")
     return next(iter(headings)), list(references.values()), list(findings.values())
+
+
+def read_controls(paths: Iterable[Path]) -> dict[str, Control]:
+    """By weights; empty where the target is not quantised."""
+    return {line.weights: line for path in paths for line in _lines(path) if isinstance(line, Control)}
 
 
 def _lines(path: Path) -> Iterable[Line]:
@@ -168,8 +190,35 @@ def _lines(path: Path) -> Iterable[Line]:
 # --- what it comes to -------------------------------------------------------------------------------------------------
 
 
+def verdict(findings: Sequence[Finding], bits: str, control: Control | None) -> Word:
+    """What all of one method's turns come to."""
+    outcomes = {finding.outcome for finding in findings}
+    if not all(finding.lossless for finding in findings):
+        return "lossy by design"
+    if outcomes <= {"identical"}:
+        return "identical"
+    if bits in NEAR_TIE:
+        return "DIVERGED" if "DIVERGED" in outcomes else "near-tie"
+    if control is None or control.flips > TESTABLE * control.positions:
+        return "not testable in these bits"
+    return "DIVERGED" if excess(findings, control) < CHANCE else "near-tie"
+
+
+def excess(findings: Sequence[Finding], control: Control) -> float:
+    """p-value that the method parts from the text more often, a position, than the target does from itself.
+
+    Up to where a text parts every position was decided after the same tokens, so each is one trial.
+    """
+    parted = sum(finding.outcome != "identical" for finding in findings)
+    same = sum(finding.compared for finding in findings)
+    table = [[parted, same], [control.flips, control.positions - control.flips]]
+    return float(scipy_stats.fisher_exact(table, alternative="greater").pvalue)
+
+
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One method over all its turns."""
+
+    verdict: Word
 
     method: str
     weights: str
@@ -183,19 +232,23 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     "by depth, the share accepted of what was drafted there and had all before it accepted"
 
 
-def summary(findings: Iterable[Finding]) -> list[Row]:
+def summary(findings: Iterable[Finding], bits: str, controls: Mapping[str, Control]) -> list[Row]:
     """Methods in order of first appearance."""
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         grouped.setdefault((finding.method, finding.weights), []).append(finding)
-    return [_row(method, weights, own) for (method, weights), own in grouped.items()]
+    return [
+        _row(method, weights, own, verdict(own, bits, controls.get(weights)))
+        for (method, weights), own in grouped.items()
+    ]
 
 
-def _row(method: str, weights: str, own: Sequence[Finding]) -> Row:
+def _row(method: str, weights: str, own: Sequence[Finding], word: Word) -> Row:
     rounds = sum(finding.rounds for finding in own)
     drafted, accepted = (_added(getattr(finding, name) for finding in own) for name in ("drafted", "accepted"))
     outcomes = [finding.outcome for finding in own]
     return Row(
+        verdict=word,
         method=method,
         weights=weights,
         turns=len(own),

@@ -24,9 +24,14 @@ REPEAT_NGRAM = 9
 SAME_MEMORY_SHARE = 0.005
 "peaks closer than this are the allocator's noise: no ratio is taken over so small an extra"
 
+Margins = dict[tuple[str, str, int, int], float | None]
+"by cell, prompt, turn and position: logits apart in float64; None where one text ends"
+
 VerdictKind = Literal[
     "reference",
     "identical",
+    "near_tie",
+    "diverged",
     "differs",
     "near_tie_not_excluded",
     "not_testable",
@@ -35,6 +40,13 @@ VerdictKind = Literal[
     "drawn",
     "no_pairs",
 ]
+
+BROKEN: tuple[VerdictKind, ...] = ("diverged", "differs")
+"kinds that say the output is not the target's, or not yet that it is"
+KEPT: tuple[VerdictKind, ...] = ("reference", "identical", "near_tie")
+"kinds that say it is"
+NEAR_TIE = {"32": 2e-4, "16": 0.25}
+"logits apart in float64 that rounding explains, by precision; none for quantised weights"
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +100,25 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     first_position: int | None = None
     "smallest index into the new tokens where an answer parts from the baseline's"
     first_prompt: str | None = None
+    margin: float | None = None
+    "of the answers that differ and were scored again in float64, the largest, in logits"
+    at_32_bits: VerdictKind | None = None
+    "of the same method in 32 bits, where the run has it and these bits tell nothing"
+
+
+class Parting(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an answer parts from the baseline's, and both."""
+
+    cell: Cell
+    prompt_id: str
+    turn: int
+    position: int
+    text: list[int]
+    expected: list[int]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return (self.cell.id, self.prompt_id, self.turn, self.position)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,23 +224,47 @@ def summary(run: Run) -> list[Row]:
     Raises UserError where synthetic trials and real ones are mixed.
     """
     refuse_mixture(run)
+    measured = _measured(run)
+    baselines = _baselines(measured)
+    judged: Margins = {one.key: one.margin for one in run.judged}
+    rows = [_row(one, baselines.get(one.cell.target), run.manifest.temperature, judged) for one in measured]
+    return _ranked(_with_32_bits(rows))
+
+
+def _measured(run: Run) -> list[Measured]:
     frame = trial_frame(run)
     frame = frame[frame.outcome == "ok"]
     trials: dict[str, list[Trial]] = {cell.id: [] for cell in run.manifest.cells}
     for trial in _latest(run.rows):
         trials.setdefault(trial.cell.id, []).append(trial)
     cells = {cell.id: cell for cell in (*run.manifest.cells, *(each[0].cell for each in trials.values() if each))}
-    measured = {
-        id: Measured(
+    return [
+        Measured(
             cell=cells[id],
             trials=each,
             ok=[trial for trial in each if trial.outcome == "ok"],
             good=frame[frame.cell == id],
         )
         for id, each in trials.items()
-    }
-    baselines = {one.cell.target: one for one in reversed(measured.values()) if one.cell.method == BASELINE}
-    return _ranked([_row(one, baselines.get(one.cell.target), run.manifest.temperature) for one in measured.values()])
+    ]
+
+
+def _baselines(measured: Sequence[Measured]) -> dict[tuple[str, ...], Measured]:
+    """By target."""
+    return {one.cell.target: one for one in reversed(measured) if one.cell.method == BASELINE}
+
+
+def _with_32_bits(rows: list[Row]) -> list[Row]:
+    """Where bits tell nothing of a method, what 32 bits say of it."""
+    precise = {(row.cell.label, row.cell.weights): row.verdict.kind for row in rows if row.cell.bits == "32"}
+
+    def told(row: Row) -> Row:
+        if row.verdict.kind != "not_testable":
+            return row
+        kind = precise.get((row.cell.label, row.cell.weights))
+        return msgspec.structs.replace(row, verdict=msgspec.structs.replace(row.verdict, at_32_bits=kind))
+
+    return [told(row) for row in rows]
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,7 +296,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         return next((attribute(memory) for memory in reached), None)
 
 
-def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
+def _row(own: Measured, base: Measured | None, temperature: float, judged: Margins) -> Row:
     good, failed = own.good, [trial for trial in own.trials if trial.outcome != "ok"]
     lossless = all(trial.lossless for trial in own.trials)
     speed = _sum_ratio(good.decode_tokens, good.decode_seconds)
@@ -281,15 +336,15 @@ def _row(own: Measured, base: Measured | None, temperature: float) -> Row:
         tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
         host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
         joules_per_token=_sum_ratio(good.energy_joules, good.new_tokens),
-        verdict=_verdict(own, base, temperature, lossless),
+        verdict=_verdict(own, base, temperature, lossless, judged),
     )
 
 
 def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
     """The fields of Row that need the baseline, over the pairs of trials that both sides finished."""
-    if base is None or own.cell.method == BASELINE or (pairs := _pairs(own.good, base.good)).empty:
+    if base is None or own.cell.method == BASELINE or (pairs := pairs_of(own.good, base.good)).empty:
         return {"baseline": base.cell.id if base else None}
-    by_round = _sides(pairs, "round")
+    by_round = sides_by(pairs, "round")
     speedup = ratio_interval_over_rounds(*by_round)
     step = _sum_ratio(pairs.decode_seconds_base, pairs.verify_passes_base)
     round_ = _sum_ratio(pairs.decode_seconds, pairs.verify_passes)
@@ -301,12 +356,12 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
         "baseline": base.cell.id,
         "pairs": len(pairs),
         "speedup": speedup,
-        "speedup_prompts": bootstrap_over_prompts(*_sides(pairs, "prompt_id")),
+        "speedup_prompts": bootstrap_over_prompts(*sides_by(pairs, "prompt_id")),
         "speedup_by_category": tuple(
             CategorySpeedup(
                 category=str(category),
                 prompts=part.prompt_id.nunique(),
-                speedup=ratio_interval_over_rounds(*_sides(part, "round")),
+                speedup=ratio_interval_over_rounds(*sides_by(part, "round")),
             )
             for category, part in pairs.groupby("category", sort=False)
         ),
@@ -360,12 +415,31 @@ def depth_counts(passes: Sequence[tuple[int, int]], depth: int) -> tuple[int, in
     return len(reached), sum(accepted >= depth for accepted in reached)
 
 
-def _verdict(own: Measured, base: Measured | None, temperature: float, lossless: bool) -> Verdict:
+def _verdict(own: Measured, base: Measured | None, temperature: float, lossless: bool, judged: Margins) -> Verdict:
+    answers, parted = _partings(own, base)
+    earliest = min(parted, key=lambda parting: parting.position, default=None)
+    margins = [judged[parting.key] for parting in parted if parting.key in judged]
+    return Verdict(
+        kind=(
+            "drawn"
+            if any(trial.drawn_acceptance is not None for trial in own.ok)
+            else _verdict_kind(own.cell, temperature, lossless, answers, parted, judged)
+        ),
+        answers=answers,
+        differing=len(parted),
+        first_position=earliest.position if earliest else None,
+        first_prompt=earliest.prompt_id if earliest else None,
+        margin=max((margin for margin in margins if margin is not None), default=None),
+    )
+
+
+def _partings(own: Measured, base: Measured | None) -> tuple[int, list[Parting]]:
+    """(answers that both sides gave, where those that differ do so first)."""
     base_ok = base.ok if base else []
     by_round = {(t.prompt_id, t.turn, t.round): t.new_tokens for t in base_ok}
     first = {(t.prompt_id, t.turn): t.new_tokens for t in reversed(base_ok)}
     answers: set[tuple[str, int]] = set()
-    parted: dict[tuple[str, int], int] = {}
+    parted: dict[tuple[str, int], Parting] = {}
     for trial in own.ok:
         answer = (trial.prompt_id, trial.turn)
         # The baseline is set against its own first round: what differs there is the target's, not a method's.
@@ -374,23 +448,18 @@ def _verdict(own: Measured, base: Measured | None, temperature: float, lossless:
         if expected is None or trial.new_tokens is None:
             continue
         answers.add(answer)
-        if (position := first_difference(trial.new_tokens, expected)) is not None:
-            parted[answer] = min(position, parted.get(answer, position))
-    earliest = min(parted, key=lambda answer: parted[answer], default=None)
-    return Verdict(
-        kind=(
-            "drawn"
-            if any(trial.drawn_acceptance is not None for trial in own.ok)
-            else _verdict_kind(own.cell, temperature, lossless, len(answers), len(parted))
-        ),
-        answers=len(answers),
-        differing=len(parted),
-        first_position=parted[earliest] if earliest else None,
-        first_prompt=earliest[0] if earliest else None,
-    )
+        position = first_difference(trial.new_tokens, expected)
+        if position is not None and (answer not in parted or position < parted[answer].position):
+            parted[answer] = Parting(
+                cell=own.cell, prompt_id=trial.prompt_id, turn=trial.turn, position=position, text=trial.new_tokens,
+                expected=expected,
+            )  # fmt: skip
+    return len(answers), list(parted.values())
 
 
-def _verdict_kind(cell: Cell, temperature: float, lossless: bool, answers: int, differing: int) -> VerdictKind:
+def _verdict_kind(
+    cell: Cell, temperature: float, lossless: bool, answers: int, parted: Sequence[Parting], judged: Margins
+) -> VerdictKind:
     if cell.method == BASELINE:
         return "reference"
     if not lossless:
@@ -401,9 +470,27 @@ def _verdict_kind(cell: Cell, temperature: float, lossless: bool, answers: int, 
         return "no_pairs"
     if cell.bits.startswith("int8"):
         return "not_testable"
-    if not differing:
+    if not parted:
         return "identical"
+    if cell.bits in NEAR_TIE and all(parting.key in judged for parting in parted):
+        margins = [judged[parting.key] for parting in parted]
+        tie = all(margin is not None and margin < NEAR_TIE[cell.bits] for margin in margins)
+        return "near_tie" if tie else "diverged"
     return "differs" if cell.bits == "32" else "near_tie_not_excluded"
+
+
+def unjudged(run: Run) -> list[Parting]:
+    """Greedy answers of lossless methods whose difference from the baseline's only float64 can judge, and has not."""
+    if run.manifest.temperature > 0:
+        return []
+    known = {one.key for one in run.judged}
+    found = []
+    measured = _measured(run)
+    baselines = _baselines(measured)
+    for own in measured:
+        if own.cell.method != BASELINE and own.cell.bits in NEAR_TIE and all(trial.lossless for trial in own.ok):
+            found += [one for one in _partings(own, baselines.get(own.cell.target))[1] if one.key not in known]
+    return found
 
 
 def first_difference(tokens_T: Sequence[int], expected_T: Sequence[int]) -> int | None:
@@ -425,14 +512,14 @@ def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
     return tokens, passes
 
 
-def _pairs(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
+def pairs_of(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
     """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
     keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds", "verify_passes"]
     own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
     return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
 
 
-def _sides(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
+def sides_by(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
     """Both sides' tokens per second, one sample for each value of `by`."""
     names = ["decode_tokens", "decode_seconds", "decode_tokens_base", "decode_seconds_base"]
     tokens, seconds, base_tokens, base_seconds = (

@@ -30,6 +30,9 @@ from prompts import Prompt, PromptSet
 
 DEFAULT_METHODS = "ar,s3d,medusa,eagle,layerskip,prompt-lookup,draft-model"
 PUBLISHABLE_ROUNDS = 3
+AUTO_ROUNDS = (5, 100)
+"fewest and most rounds of `--rounds auto`: an interval that is narrow by luck is rare from five on"
+AUTO_PRECISION, AUTO_SECONDS = 0.02, 3600.0
 FEW_PROMPTS = 24
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -47,7 +50,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompts: str = "quick"
     limit: Positive | None = None
     max_new_tokens: Positive | None = None
-    rounds: Positive | None = None
+    rounds: Positive | Literal["auto"] | None = None
+    precision: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    time_budget: str | int | float | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     seed: int = 0
@@ -110,6 +115,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool
     trust_remote_code: bool
     preliminary: bool
+    precision: float | None = None
+    "rounds end when every speed-up's interval is narrower than this share of it; None: after `rounds`"
+    time_budget_seconds: float | None = None
+    "and no round begins that would not end within it"
     acceptance: str | None = None
     "where drawn acceptance comes from, as the user wrote it"
     vram_budget_bytes: int | None = None
@@ -123,6 +132,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def contexts(self) -> list[int | None]:
         return list(dict.fromkeys(one.cell.context for one in self.cells))
+
+    @property
+    def fewest_rounds(self) -> int:
+        return self.rounds if self.precision is None else AUTO_ROUNDS[0]
 
     def order(self, round: int) -> list[int]:
         """Indices of the cells as this round runs them."""
@@ -333,7 +346,11 @@ def plan(
     _refuse_duplicates(cells)
     _refuse_two_merges_of_one_name(cells)
     on_cpu = device == "cpu"
-    rounds = request.rounds or (1 if on_cpu else PUBLISHABLE_ROUNDS)
+    automatic = request.rounds == "auto"
+    if not automatic and (request.precision is not None or request.time_budget is not None):
+        raise UserError("--precision and --time-budget say when `--rounds auto` ends: add it")
+    asked = AUTO_ROUNDS[1] if request.rounds == "auto" else request.rounds
+    rounds = asked or (1 if on_cpu else PUBLISHABLE_ROUNDS)
     return Plan(
         model=source,
         prompt_set=prompt_set,
@@ -351,7 +368,19 @@ def plan(
         acceptance=None if drawn is None else drawn.said,
         vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
         device_map=request.device_map,
+        precision=request.precision or AUTO_PRECISION if automatic else None,
+        time_budget_seconds=seconds(request.time_budget) if automatic else None,
     )
+
+
+def seconds(written: str | int | float | None) -> float:
+    """`90`, `20m` or `2h`, in seconds; the default for None. Raises UserError."""
+    if written is None:
+        return AUTO_SECONDS
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(written).strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"no time {written!r}: write seconds, or 20m, or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _dtype_name(bits: Bits, device: str, dtype: str | None) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     token_texts: list[str] | None = None
     "text piece of each new token, only in round 0"
+    warm_up_passes: int | None = None
+    "short texts decoded before the first trial of the process"
+    warm_up_settled: bool | None = None
+    "whether the last of them was no longer faster than the one before"
     prefill_seconds: float | None = None
     "prompt forward and the method's own start, to the first token known on the host"
     decode_seconds: float | None = None
@@ -187,6 +192,21 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     held_out_tau: float | None = None
 
 
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a target is from the base weights at 32 bits, on held-out text."""
+
+    weights: str
+    bits: str
+    dtype: str
+    positions: int
+    perplexity: float
+    reference_bits: str
+    "32; 16 for a base that does not fit in 32"
+    reference_perplexity: float
+    agreement: float
+    "share of positions where both put the same token first"
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """What was planned, where it ran, and how. Everything a reader needs to judge or repeat the run."""
 
@@ -210,6 +230,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     max_new_tokens: int
     system: str | None = None
     raw: bool = False
+    precision: float | None = None
+    "`--rounds auto`: how narrow every speed-up's interval was to be; `rounds` is then how many it came to"
+    time_budget_seconds: float | None = None
     isolation: str = "round"
     executor: str = "local"
     synthetic: bool = False
@@ -225,8 +248,26 @@ class Manifest(msgspec.Struct, kw_only=True):
     host: dict[str, Any] = {}
     versions: dict[str, str] = {}
     training: list[Training] = []
+    quality: list[Quality] = []
+    "of every target that is not the base weights at 32 bits"
     warnings: list[str] = []
     "sentences: what keeps the figures from saying more, or from being trusted"
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """A place where a method's answer parts from its baseline's, scored again in float64."""
+
+    cell: str
+    prompt_id: str
+    turn: int
+    position: int
+    "index into the new tokens"
+    margin: float | None
+    "how far the worse token is below the best logit; None where one text ends here"
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return (self.cell, self.prompt_id, self.turn, self.position)
 
 
 @dataclass(frozen=True)
@@ -238,6 +279,8 @@ class Run:
     rows: tuple[Trial, ...]
     skipped_lines: int
     "lines that could not be read (a file cut off in the middle of a line)"
+    judged: tuple[Judged, ...] = ()
+    "of `judged.jsonl`: what float64 says of texts that differ"
 
 
 def append_trial(path: Path, trial: Trial) -> None:
@@ -278,10 +321,21 @@ def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Replace `manifest.json` atomically."""
-    partial = directory / "manifest.json.partial"
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-    os.replace(partial, directory / "manifest.json")
+    """Replace `manifest.json` atomically. What a newer program wrote into it, and we do not know, stays."""
+    path, partial = directory / "manifest.json", directory / "manifest.json.partial"
+    fields = msgspec.to_builtins(manifest)
+    unknown = {key: value for key, value in _object(path).items() if key not in fields}
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(fields | unknown), indent=2))
+    os.replace(partial, path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(directory: Path | str) -> Run:
@@ -300,6 +354,66 @@ def read_run(directory: Path | str) -> Run:
             raise
         raise UserError(f"{manifest_path} cannot be read: {error}") from error
     path = directory / "trials.jsonl"
-    rows = list(read_trials(path)) if path.is_file() else []
+    good, skipped = _good_lines(path) if path.is_file() else ((), 0)
+    return Run(directory, manifest, good, skipped, tuple(_judged(directory / "judged.jsonl")))
+
+
+def _judged(path: Path) -> Iterator[Judged]:
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(msgspec.MsgspecError):  # torn, and so judged again
+            yield msgspec.json.decode(line, type=Judged)
+
+
+def read_runs(path: Path | str) -> list[Run]:
+    """The runs that a path names: a run, a directory of runs, or a file of trials. Raises UserError for none.
+
+    A file of trials in a run's directory is that run; elsewhere its manifest says what the trials do, and no host.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return [read_run(path)]
+    if path.is_dir():
+        found = [read_run(each.parent) for each in sorted(path.glob("*/manifest.json"))]
+        if not found:
+            raise UserError(f"{path} holds no run: give a run, a directory of runs, or a trials.jsonl")
+        return found
+    if not path.is_file():
+        raise UserError(f"no {path}: give a run, a directory of runs, or a trials.jsonl")
+    if path.name == "trials.jsonl" and path.with_name("manifest.json").is_file():
+        return [read_run(path.parent)]
+    good, skipped = _good_lines(path)
+    if not good:
+        raise UserError(f"{path} holds no trial: give a run, a directory of runs, or a trials.jsonl")
+    return [Run(path.parent, _manifest_of(good), good, skipped)]
+
+
+def _good_lines(path: Path) -> tuple[tuple[Trial, ...], int]:
+    """Trials, and how many lines are none. Raises UserError for those of a newer schema."""
+    rows = list(read_trials(path))
     good = tuple(row[0] for row in rows if row is not None)
-    return Run(directory, manifest, good, skipped_lines=sum(row is None for row in rows))
+    newest = max((trial.schema for trial in good), default=SCHEMA)
+    if newest > SCHEMA:
+        raise UserError(f"{path} has schema {newest}, newer than {SCHEMA}: update the harness")
+    return good, len(rows) - len(good)
+
+
+def _manifest_of(trials: Sequence[Trial]) -> Manifest:
+    """What trials tell of the run that they are from."""
+    first = trials[0]
+    return Manifest(
+        schema=first.schema,
+        run=first.run,
+        created="",
+        command=[],
+        model=first.cell.model,
+        prompt_set=first.prompt_set,
+        prompt_set_sha256="",
+        prompts=len({trial.prompt_id for trial in trials}),
+        turns=1 + max(trial.turn for trial in trials),
+        cells=list({trial.cell.id: trial.cell for trial in trials}.values()),
+        rounds=1 + max(trial.round for trial in trials),
+        seed=first.seed,
+        temperature=first.temperature,
+        top_p=first.top_p,
+        max_new_tokens=first.max_new_tokens or 0,
+    )

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
-from harness import child, drafter, host, worker
+from harness import child, drafter, host, judge, metrics, quality, worker
 from harness.errors import UserError
-from harness.plan import Job, Plan
+from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan
 from harness.results import Manifest, Outcome, Training, read_run, write_manifest
+from harness.stopping import Pace
 from harness.weights import ModelSource
 
 IDENTITY = (
@@ -25,6 +27,8 @@ IDENTITY = (
     *("system", "raw", "acceptance", "vram_budget_bytes", "device_map"),
 )
 """Fields of a manifest that must not change when a run goes on."""
+
+ROUNDS_ENDED = "Rounds ended early:"
 
 MACHINE = ("cpu", "threads", "torch_threads", "openmp", "devices")
 """Nor must these facts of the host: one run is one machine."""
@@ -43,17 +47,76 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
         raise UserError(f"cannot write to {directory} ({error.strerror}): give another --out") from error
     contention = host.contention(plan.device)
     prepared = _prepare(plan, directory, on_event)
-    jobs = list(_jobs(plan, directory, prepared.sources))
-    runnable = [job for job in jobs if plan.cells[job.cell].unsupported is None]
-    left = sum(len(worker.missing(job, plan)) for job in runnable)
+    jobs = [job for round in range(plan.fewest_rounds) for job in _round(round, plan, directory, prepared.sources)]
+    left = _left(jobs, plan)
     noticed = [*prepared.warnings, *(contention if left else [])]
     _record(directory, manifest, prepared, [*plan.warnings(), *noticed])
     for warning in noticed:
         on_event(child.Warned(warning))
+    if left and not manifest.quality:
+        _quality(plan, directory, prepared.sources, on_event)
+        manifest = read_run(directory).manifest
     on_event(child.Left(left))
-    for job in jobs:
-        _work(job, plan, directory / "workers", on_event)
+    if plan.precision is None:
+        for job in jobs:
+            _work(job, plan, directory / "workers", on_event)
+    else:
+        _until_precise(plan, directory, manifest, prepared.sources, on_event)
+    _judge(plan, directory, prepared.sources, on_event)
     return directory
+
+
+def _quality(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
+    """Have targets that are not the base at 32 bits held against it; the run goes on where they cannot be."""
+    if not quality.changed(plan):
+        return
+    path, log = (directory / "workers" / f"quality.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(quality.Job(directory=str(directory), sources=sources)))
+    status = child.run("harness.quality", path, log, on_event, host.worker_environment(plan.device))
+    if status != 0:
+        on_event(child.Warned(f"changed targets could not be held against 32 bits: {_death(status, log)[1]}"))
+
+
+def _judge(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
+    """Have texts that differ from their baseline's scored again in float64; what cannot be stays unjudged."""
+    if not metrics.unjudged(read_run(directory)):
+        return
+    path, log = (directory / "workers" / f"judge.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(judge.Job(directory=str(directory), sources=sources)))
+    status = child.run("harness.judge", path, log, on_event, host.worker_environment(plan.device))
+    if status != 0:
+        on_event(child.Warned(f"differing answers could not be judged in float64: {_death(status, log)[1]}"))
+
+
+def _left(jobs: Iterable[Job], plan: Plan) -> int:
+    return sum(len(worker.missing(job, plan)) for job in jobs if plan.cells[job.cell].unsupported is None)
+
+
+def _until_precise(
+    plan: Plan, directory: Path, manifest: Manifest, sources: dict[str, ModelSource], on_event: child.Emit
+) -> None:
+    """Round after round, until the intervals are narrow or the time is over; the manifest says which."""
+    assert plan.precision is not None
+    assert plan.time_budget_seconds is not None
+    pace = Pace(plan.precision, plan.time_budget_seconds, plan.fewest_rounds, plan.rounds)
+    began = time.monotonic()
+    longest = 0.0
+    for round in range(plan.rounds):
+        started = time.monotonic()
+        jobs = list(_round(round, plan, directory, sources))
+        if round >= plan.fewest_rounds:
+            on_event(child.Left(_left(jobs, plan)))
+        for job in jobs:
+            _work(job, plan, directory / "workers", on_event)
+        now, run = time.monotonic(), read_run(directory)
+        longest = max(longest, now - started)
+        manifest.rounds = 1 + max(row.round for row in run.rows)
+        if why := pace.ended(manifest.rounds, metrics.summary(run), now - began, longest):
+            break
+    manifest.preliminary |= manifest.rounds < PUBLISHABLE_ROUNDS
+    manifest.warnings = [line for line in manifest.warnings if not line.startswith(ROUNDS_ENDED)]
+    manifest.warnings += [f"{ROUNDS_ENDED} {why}."] if why and not why.startswith("precise") else []
+    write_manifest(directory, manifest)
 
 
 def default_directory(plan: Plan) -> Path:
@@ -71,7 +134,9 @@ def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
         begun = read_run(directory).manifest
         if differences := _differences(begun, manifest):
             raise UserError(f"{directory} holds another run ({'; '.join(differences)}): give another --out")
-        manifest = begun
+        manifest = msgspec.structs.replace(
+            begun, precision=manifest.precision, time_budget_seconds=manifest.time_budget_seconds
+        )
     elif directory.exists() and any(directory.iterdir()) and not (directory / "manifest.json").is_file():
         raise UserError(f"{directory} is not empty and holds no run: give another --out")
     (directory / "workers").mkdir(parents=True, exist_ok=True)
@@ -91,7 +156,9 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         prompts=len(plan.prompt_set.prompts),
         turns=max(len(prompt.turns) for prompt in plan.prompt_set.prompts),
         cells=[one.cell for one in plan.cells],
-        rounds=plan.rounds,
+        rounds=plan.fewest_rounds,
+        precision=plan.precision,
+        time_budget_seconds=plan.time_budget_seconds,
         seed=plan.seed,
         temperature=plan.temperature,
         top_p=plan.top_p,
@@ -117,6 +184,8 @@ def _differences(begun: Manifest, now: Manifest) -> list[str]:
         | {f"the version of {name}": found for name, found in one.versions.items()}
         for one in (begun, now)
     )
+    if now.precision is not None:  # what is there counts, and more is measured where that is not precise enough
+        after["rounds"] = before["rounds"]
     words = [
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in before | after
@@ -173,20 +242,19 @@ def _record(directory: Path, manifest: Manifest, prepared: child.Prepared, warni
 # --- one cell in one round -------------------------------------------------------------------------------------------
 
 
-def _jobs(plan: Plan, directory: Path, sources: dict[str, ModelSource]) -> Iterator[Job]:
-    """Every cell in every round, in the order in which they run."""
-    for round in range(plan.rounds):
-        for order, index in enumerate(plan.order(round)):
-            yield Job(
-                run=directory.name,
-                plan=str(directory / "plan.json"),
-                trials=str(directory / "trials.jsonl"),
-                first_answers=str(directory / "first_answers.json"),
-                source=sources.get(plan.cells[index].cell.weights, plan.model),
-                cell=index,
-                round=round,
-                order=order,
-            )
+def _round(round: int, plan: Plan, directory: Path, sources: dict[str, ModelSource]) -> Iterator[Job]:
+    """Every cell, in the order in which they run in this round."""
+    for order, index in enumerate(plan.order(round)):
+        yield Job(
+            run=directory.name,
+            plan=str(directory / "plan.json"),
+            trials=str(directory / "trials.jsonl"),
+            first_answers=str(directory / "first_answers.json"),
+            source=sources.get(plan.cells[index].cell.weights, plan.model),
+            cell=index,
+            round=round,
+            order=order,
+        )
 
 
 def _work(job: Job, plan: Plan, folder: Path, on_event: child.Emit) -> None:

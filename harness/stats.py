@@ -105,6 +105,45 @@ def bootstrap_over_prompts(
     return Interval(value, float(ends.low), float(ends.high), PROMPTS_LIKE_THESE)
 
 
+def change_between_rounds(
+    new_per_round: Sequence[float], base_per_round: Sequence[float], value: float, confidence: float = 0.95
+) -> Interval:
+    """`value` = new / base of two runs whose rounds do not pair: Welch's t over the log rates of the rounds.
+
+    The interval is centred at `value` on the log scale. One round on either side gives none.
+    """
+    logs = [np.log(np.asarray(side, float)) for side in (new_per_round, base_per_round)]
+    if min(map(len, logs)) < 2:
+        return Interval(value, None, None, THESE_PROMPTS)
+    errors = [float(side.var(ddof=1)) / len(side) for side in logs]
+    error = sum(errors)
+    if error == 0:
+        return Interval(value, value, value, THESE_PROMPTS)
+    degrees = error**2 / sum(own**2 / (len(side) - 1) for own, side in zip(errors, logs, strict=True))
+    half = float(scipy_stats.t.ppf((1 + confidence) / 2, df=degrees)) * math.sqrt(error)
+    return Interval(value, value * math.exp(-half), value * math.exp(half), THESE_PROMPTS)
+
+
+def bootstrap_unpaired(
+    new_per_prompt: Ratio, base_per_prompt: Ratio, confidence: float = 0.95, resamples: int = 4999, seed: int = 0
+) -> Interval:
+    """Ratio of two ratios of sums over different prompts, which are drawn on each side by themselves."""
+    value = new_per_prompt.value / base_per_prompt.value
+    if min(len(new_per_prompt.amount), len(base_per_prompt.amount)) < 2:
+        return Interval(value, None, None, PROMPTS_LIKE_THESE)
+    rng = np.random.default_rng(seed)
+
+    def drawn(side: Ratio) -> Array:
+        amount, per = np.asarray(side.amount, float), np.asarray(side.per, float)
+        picks = rng.integers(0, len(amount), (resamples, len(amount)))
+        found: Array = amount[picks].sum(1) / per[picks].sum(1)
+        return found
+
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(drawn(new_per_prompt) / drawn(base_per_prompt), [tail, 100 - tail])
+    return Interval(value, float(low), float(high), PROMPTS_LIKE_THESE)
+
+
 def _columns(*sides: Sequence[float] | Ratio) -> tuple[Columns, Columns]:
     """Each side as (amount, per); a plain side is an amount per sample."""
     over, under = (

@@ -56,11 +56,20 @@ def show_plan(plan: Plan) -> None:
     prompts, turns = len(plan.prompt_set.prompts), len(list(plan.turns()))
     console.print(f"every cell: {', '.join([*alike, how, f'up to {plan.max_new_tokens} new tokens'])}")
     console.print(
-        f"prompts: {prompts} ({plan.prompt_set.name}), turns: {turns}; rounds: {plan.rounds}; seed: {plan.seed}; "
-        f"trials: {len(cells) * turns * plan.rounds}"
+        f"prompts: {prompts} ({plan.prompt_set.name}), turns: {turns}; rounds: {rounds(plan)}; seed: {plan.seed}; "
+        f"trials: {len(cells) * turns * plan.fewest_rounds}{'' if plan.precision is None else ' or more'}"
     )
     if plan.preliminary:
         console.print(PRELIMINARY)
+
+
+def rounds(plan: Plan) -> str:
+    if plan.precision is None or plan.time_budget_seconds is None:
+        return str(plan.rounds)
+    return (
+        f"{plan.fewest_rounds} or more, until every speed-up's interval is narrower than {plan.precision:.2%} of it, "
+        f"or {duration(plan.time_budget_seconds)} are over"
+    )
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -70,7 +79,8 @@ class Tally:
     """What has happened so far, in words."""
 
     def __init__(self, plan: Plan, now: float) -> None:
-        self.rounds, self.cells = plan.rounds, len(plan.cells)
+        self.rounds = str(plan.rounds) if plan.precision is None else "auto"
+        self.cells = len(plan.cells)
         self.total = self.done = 0
         self.began = self.began_measuring = now
         self._start(child.Started("", "", 0, 0, 0))
@@ -84,7 +94,8 @@ class Tally:
             case child.Preparing(step, fraction):
                 return step if fraction is None else f"{step}: {fraction:.0%}"
             case child.Left(trials):
-                self.total, self.began_measuring = trials, now
+                self.total = self.done + trials
+                self.began_measuring = self.began_measuring if self.done else now
             case child.Started():
                 self._start(event)
                 return f"{self._where()}: loading"
@@ -190,10 +201,12 @@ def duration(seconds: float) -> str:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def show_result(run: Run, table: RenderableType, warnings: Sequence[str]) -> None:
-    """The table, what to beware of, and where the files are."""
+def show_result(run: Run, table: RenderableType, notes: Sequence[str], warnings: Sequence[str]) -> None:
+    """The table, the control, what to beware of, and where the files are."""
     console = Console(highlight=False, markup=False)
     console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
     for warning in warnings:
         console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
     if run.manifest.preliminary:

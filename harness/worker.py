@@ -7,6 +7,8 @@ goes wrong becomes a row with its reason; a process that was killed leaves that 
 from __future__ import annotations
 
 import hashlib
+import math
+import statistics
 import sys
 import time
 import traceback
@@ -31,6 +33,10 @@ from harness.target import Target
 from harness.weights import Bits, LoadedModel
 
 WARM_UP_TOKENS = 8
+WARM_UP_PASSES = 6
+"at most"
+SETTLED = 0.9
+"a warm-up goes on while its median step takes less than this share of the one before"
 SPARE_SLOTS = 64
 """Cache slots beyond the longest text, the same for every method whose rounds fit, so that caches are alike."""
 
@@ -106,11 +112,20 @@ class Bench:
     limits: Limits
     redraw: DrawnVerdicts | None
 
+    passes: int = 0
+    settled: bool = False
+
     def warm_up(self) -> None:
+        """Decode a short text until its steps get no faster, or WARM_UP_PASSES times."""
         first = next(iter(self.prompts.values()))
-        limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens), self.limits.end_ids)
-        for _ in decode(self.target, self.method, first, limits, self.sampler, self.redraw):
-            pass
+        limits = Limits(min(WARM_UP_TOKENS, self.limits.max_new_tokens))
+        before = math.inf
+        while not self.settled and self.passes < WARM_UP_PASSES:
+            rounds = decode(self.target, self.method, first, limits, self.sampler, self.redraw)
+            _, reading = meters.measure(rounds, self.gauges)
+            now = statistics.median(reading.round_seconds or [0.0])
+            self.settled, before = now >= SETTLED * before, now
+            self.passes += 1
 
     def trial(self, turn: Turn) -> dict[str, Any]:
         """Decode one turn; the measured fields of its row.
@@ -144,6 +159,8 @@ class Bench:
             "device_uuid": meters.uuid(self.target.device),
             "started_unix_seconds": started,
             "prompt_tokens": len(prompt),
+            "warm_up_passes": self.passes,
+            "warm_up_settled": self.settled,
             "new_tokens": new_tokens,
             **self._texts(new_tokens),
             "prefill_seconds": reading.prefill_seconds,

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from harness.metrics import REPEAT_NGRAM, Row, summary
 from harness.results import Run, Trial
 from harness.stats import PROMPTS_LIKE_THESE, THESE_PROMPTS, Interval
-from reports import charts, tables, words
+from reports import certainty, charts, tables, words
 
 TOKEN_VIEW_PROMPTS = 4
 
@@ -119,6 +119,8 @@ def view(run: Run, name: str) -> dict[str, Any]:
         "synthetic": any(row.synthetic for row in rows),
         "answers": [*words.fitting(rows, run.manifest.vram_budget_bytes), *words.answers(rows, device)],
         "against_itself": words.against_itself(rows),
+        "changed_targets": words.changed_targets(run),
+        "certainty": list(certainty.lines(run, rows)),
         "scatter": figure(
             "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)
         ),

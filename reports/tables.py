@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.doubts import doubts
 from harness.metrics import GIB, Row, Verdict
 from harness.results import Cell, Run
 from harness.stats import Interval
@@ -26,6 +27,8 @@ NUMERIC = ("tok/s", "τ", "peak GiB", "tok/s per GiB")
 _VERDICTS: dict[str, str] = {
     "reference": "reference",
     "identical": "identical ({answers} answers)",
+    "near_tie": "near-tie: {differing} of {answers} answers, at most {margin} logits apart",
+    "diverged": "DIVERGED: {differing} of {answers} answers, first at token {position}",
     "differs": "DIFFERS: {differing} of {answers} answers, first at token {position}",
     "near_tie_not_excluded": "differs (near-tie not excluded): {differing} of {answers} answers, "
     "first at token {position}",
@@ -99,8 +102,8 @@ def markdown(rows: Sequence[Row]) -> str:
         return "No cells.\n"
     headers = list(records[0])
     rule = ["---:" if header in NUMERIC else "---" for header in headers]
-    lines = [[_markdown_text(text) for text in each.values()] for each in records]
-    below = "".join(f"- {_markdown_text(line)}\n" for line in failures(rows))
+    lines = [[markdown_text(text) for text in each.values()] for each in records]
+    below = "".join(f"- {markdown_text(line)}\n" for line in failures(rows))
     return "".join(f"| {' | '.join(line)} |\n" for line in (headers, rule, *lines)) + ("\n" + below if below else "")
 
 
@@ -162,7 +165,13 @@ def _short_verdict(row: Row) -> str:
     if not row.trials_ok:
         return outcomes(row)
     told = row.verdict
-    words = {"differs": "DIFFERS", "near_tie_not_excluded": "differs", "not_testable": "untestable"}
+    words = {
+        "diverged": "DIVERGED",
+        "near_tie": "near-tie",
+        "differs": "DIFFERS",
+        "near_tie_not_excluded": "differs",
+        "not_testable": "untestable",
+    }
     words |= {"lossy_by_design": "lossy", "no_pairs": NOTHING}
     if told.kind == "drawn":
         return "SYNTHETIC"
@@ -270,16 +279,20 @@ def verdict(row: Row) -> str:
     if told.kind == "reference" and told.differing:
         return f"reference; {told.differing} of {told.answers} answers differ between its own rounds"
     position = None if told.first_position is None else told.first_position + 1
-    return _VERDICTS[told.kind].format(
-        answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits)
+    precise = f"; in 32 bits: {told.at_32_bits.replace('_', ' ')}" if told.at_32_bits else ""
+    margin = None if told.margin is None else f"{told.margin:.2g}"
+    words = _VERDICTS[told.kind].format(
+        answers=told.answers, differing=told.differing, position=position, bits=plain(row.cell.bits), margin=margin
     )
+    return words + precise
 
 
 def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
     """What to beware of: as the run recorded it, and what its files show."""
     lines = list(run.manifest.warnings)
     if run.skipped_lines:
-        lines.append(f"{run.skipped_lines} lines of trials.jsonl could not be read and are not in any number here.")
+        torn = f"{run.skipped_lines} line{'s' * (run.skipped_lines != 1)}"
+        lines.append(f"{torn} of trials.jsonl could not be read and are not in any number here.")
     if count := sum(row.trials_failed for row in rows):
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
     lines += throttled(run)
@@ -289,7 +302,7 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(
             "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
         )
-    return lines
+    return lines + [plain(line) for line in doubts(run, rows)]
 
 
 def throttled(run: Run) -> list[str]:
@@ -329,5 +342,5 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.intervals import Control, controls
 from harness.metrics import GIB, Row
-from harness.results import Training
+from harness.results import Quality, Run, Training
 from harness.stats import Interval
 from reports.tables import bits_name, gib, grouped, number, plain, target_name, times
 
-NOISY_SPREAD = 0.05
-UNFAITHFUL = ("lossy_by_design", "differs")
+UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
 
 
 def answers(rows: Sequence[Row], device: str) -> list[str]:
@@ -116,21 +116,39 @@ def _faster_but_unfaithful(best: Row, compared: Sequence[Row]) -> str:
 
 
 def against_itself(rows: Sequence[Row]) -> list[str]:
-    """A/A: for each baseline, how far its own speed moved between rounds, and whether that is too far."""
-    lines = []
-    for target, group in grouped(rows):
-        for row in group:
-            speeds = list(row.speed_by_round.values())
-            if row.is_baseline and len(speeds) > 1:
-                spread = max(speeds) / min(speeds) - 1
-                advice = ": too noisy for small differences; close other programs, or add rounds" * (
-                    spread > NOISY_SPREAD
-                )
-                lines.append(
-                    f"{target}: the baseline against itself ran at {min(speeds):.1f} to {max(speeds):.1f} tok/s "
-                    f"over {len(speeds)} rounds (spread {100 * spread:.1f} %){advice}."
-                )
-    return lines
+    """A/A: for each baseline, what noise alone does here."""
+    names = {row.cell.id: target for target, group in grouped(rows) for row in group}
+    return [f"{names[one.row.cell.id]}: {_control(one)}" for one in controls(rows)]
+
+
+def _control(one: Control) -> str:
+    if len(one.speeds) < 2:
+        return "one round, so the baseline cannot be set against itself: `--rounds 4` shows what noise alone does."
+    ran = (
+        f"{min(one.speeds):.1f} to {max(one.speeds):.1f} tok/s over {len(one.speeds)} rounds "
+        f"(spread {100 * one.spread:.1f} %)"
+    )
+    if one.ratio is None or one.ratio.low is None or one.ratio.high is None:
+        return f"the baseline against itself ran at {ran}."
+    holds = "holds 1, as it should" if one.holds else "does not hold 1"
+    return (
+        f"the baseline against itself, odd rounds over even ones, is {one.ratio.value:.3f} "
+        f"(95 % interval {one.ratio.low:.3f} to {one.ratio.high:.3f}, which {holds}); it ran at {ran}."
+    )
+
+
+def changed_targets(run: Run) -> list[str]:
+    """For each target that is not the base weights at 32 bits, how far it is from them."""
+    return [_changed(one) for one in run.manifest.quality]
+
+
+def _changed(one: Quality) -> str:
+    merged = "" if one.weights == "base" else f" with the weights {plain(one.weights)}"
+    return (
+        f"{bits_name(one.bits)}{merged}: another model than the base in {bits_name(one.reference_bits)}. On held-out "
+        f"text its perplexity is {one.perplexity:.2f} against {one.reference_perplexity:.2f}, and its next token is "
+        f"the same at {one.agreement:.1%} of {one.positions:,} positions."
+    )
 
 
 def scatter_line(rows: Sequence[Row]) -> str:

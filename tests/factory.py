@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.results import Cell, Manifest, Memory, Run, Trial
+from harness.results import Cell, Judged, Manifest, Memory, Run, Trial
 
-MIB = 2**20
+MIB, GIB_BYTES = 2**20, 2**30
 
 
 def cell(method: str = "ar", **changes: Any) -> Cell:
@@ -83,3 +84,8 @@ def run(*trials: Trial, directory: Path = Path("."), skipped_lines: int = 0, **c
         "versions": {"harness": "0"},
     }
     return Run(directory, Manifest(**fields | changes), trials, skipped_lines)
+
+
+def judged(of: Run, judgements: tuple[Judged, ...]) -> Run:
+    """The run with what float64 says of its differing texts."""
+    return replace(of, judged=judgements)

@@ -37,20 +37,25 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert not modules_after(*arguments).intersection(HEAVY)
 
 
-def test_report_needs_no_torch(tmp_path: Path) -> None:
+def test_what_only_reads_results_needs_no_torch(tmp_path: Path) -> None:
     run = factory.run(factory.trial(factory.cell()), factory.trial(factory.cell("echo")))
     write_manifest(tmp_path, run.manifest)
     for trial in run.rows:
         append_trial(tmp_path / "trials.jsonl", trial)
     assert "torch" not in modules_after("report", str(tmp_path))
     assert (tmp_path / "report.html").is_file()
+    assert "torch" not in modules_after("compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "compared"))
+    assert (tmp_path / "compared" / "junit.xml").is_file()
 
 
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
         (("run", "--mehods", "ar"), "Did you mean --methods?"),
-        (("run", "--rounds", "many"), "--rounds"),
+        (("run", "--rounds", "many"), "rounds"),
+        (("run", "--rounds", "0"), "rounds: expected a whole number >= 1"),
+        (("run", "--precision", "0.01"), "`--rounds auto`"),
+        (("run", "--rounds", "auto", "--time-budget", "soon", "--methods", "ar"), "write seconds, or 20m"),
         (("run", "ar"), "ar"),
         (("run", "--methods", "prompt-lokup"), "did you mean 'prompt-lookup'"),
         (("run", "--methods", "prompt-lookup:gama=3"), "gamma"),
@@ -65,6 +70,11 @@ def test_report_needs_no_torch(tmp_path: Path) -> None:
         (("verify", "--bits", "16,32"), "one precision at a time"),
         (("verify", "--max-new-tokens", "-3"), "expected a whole number >= 1"),
         (("report", "/nowhere"), "is not a run"),
+        (("history", "add", "/nowhere"), "is not a run"),
+        (("history", "show", "--file", "/nowhere"), "no history /nowhere"),
+        (("verify", "--samples", "0"), "--samples 0 draws nothing"),
+        (("compare", "/nowhere", "/nowhere"), "no /nowhere: give a run"),
+        (("compare", "/", "/", "--fail-on", "taw<-1%"), "did you mean 'tau'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], hint: str, capsys: pytest.CaptureFixture[str]) -> None:

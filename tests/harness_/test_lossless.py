@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from harness import decode, lossless, weights
+from harness import decode, lossless, verify_command, weights
 from harness.decode import Step
 from harness.errors import UserError
 from harness.lossless import Finding, Heading, acceptance, first_difference, judge, summary
 from harness.target import Target
 from harness.verify import Verdict
 from harness.verify_command import share, verify
+from methods.layerskip import LayerSkip
 
 PLANTED = decode.verify
 
@@ -97,6 +99,65 @@ def test_a_wrong_token_now_and_then_is_found(
     _, _, findings = lossless.read([chat["out"]])
     assert all(f.margin is None or f.margin > 2e-4 for f in findings if f.outcome == "DIVERGED")
     assert "logits apart in float64" in capsys.readouterr().out
+
+
+class Planted:
+    """Accepts one wrong token in 200: every 200th round of a method's own decoding ends in a wrong token."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.rounds = every, 0
+
+    def verify(self, draft: Any, *arguments: Any) -> Verdict:
+        self.rounds += 1
+        found = PLANTED(draft, *arguments)
+        if self.rounds % self.every == 0:
+            wrong = (found.bonus + 1) % 200 + 6
+            found.bonus = torch.where(wrong == found.bonus, wrong + 1, wrong)
+        return found
+
+
+def test_one_wrong_token_in_200_is_called_diverged_at_the_right_position(
+    chat: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug is in the decoding of one method; the reference is transformers' own."""
+    lines = [{"id": f"p{n}", "category": "writing", "turns": [f"Count to {n}."]} for n in range(8)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    planted = Planted(every=200)
+    monkeypatch.setattr(decode, "verify", planted.verify)
+    assert verify(**chat | {"methods": "ar", "prompts": str(tmp_path / "many.jsonl"), "max_new_tokens": 90}) == 1
+    _, _, findings = lossless.read([chat["out"]])
+    begun = 0
+    wrong: dict[str, int] = {}
+    for finding in findings:  # `ar`: a round a token, and the first token is the prompt's own
+        at = -begun % 200 or 200
+        if at <= finding.rounds:
+            wrong[finding.prompt_id] = at
+        begun += finding.rounds
+    assert len(wrong) == begun // 200 >= 2
+    assert {f.prompt_id: f.compared for f in findings if f.outcome == "DIVERGED"} == wrong
+    assert {f.outcome for f in findings if f.prompt_id not in wrong} == {"identical"}
+    (row,) = lossless.summary(findings, "32", {})
+    assert row.verdict == "DIVERGED"
+
+
+def test_half_precision_near_ties_are_not_called_diverged(chat: dict[str, Any]) -> None:
+    """Logits so close together that bfloat16 decides many positions by rounding, one token at a time or several."""
+    file = Path(chat["model"]) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= 0.01
+    save_file(tensors, file, {"format": "pt"})
+    options = {"bits": "16", "methods": "layerskip,prompt-lookup:ngram=1", "max_new_tokens": 60}
+    assert verify(**chat | options) == 0
+    _, _, findings = lossless.read([chat["out"]])
+    assert {finding.outcome for finding in findings} <= {"identical", "near-tie"}
+    assert any(finding.outcome == "near-tie" and finding.margin is not None for finding in findings)
+
+
+def test_all_methods_means_those_that_can_run(chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(**chat | {"methods": "all"}) == 0
+    assert set(outcomes(chat["out"])) == {"ar", "prompt-lookup", "layerskip"}
+    shown = capsys.readouterr()
+    assert "medusa: left out: no trained drafter" in shown.err
 
 
 def test_a_token_as_good_as_the_best_is_a_near_tie(chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +286,91 @@ def test_the_summary_weighs_by_tokens() -> None:
             accepted=accepted,
         )  # fmt: skip
 
-    (row,) = summary([finding(0, 11, 5, (5, 0)), finding(1, 31, 10, (10, 10))])
+    (row,) = summary([finding(0, 11, 5, (5, 0)), finding(1, 31, 10, (10, 10))], "32", {})
     assert row.turns == 2
     assert row.tau == 40 / 15
     assert row.acceptance == (1.0, 10 / 15)
     assert row.outcomes == {"identical": 2}
+
+
+def told(outcome: str, compared: int, **changes: Any) -> Finding:
+    return Finding(
+        method="s3d", weights="base", prompt_id=f"p{compared}", turn=0, outcome=outcome, compared=compared, margin=None,
+        new_tokens=(), rounds=1, drafted=(), accepted=(), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bits", "outcomes", "control", "word"),
+    [
+        ("32", ["identical", "identical"], None, "identical"),
+        ("32", ["identical", "near-tie"], None, "near-tie"),
+        ("16", ["near-tie", "DIVERGED"], None, "DIVERGED"),
+        ("nf4", ["identical"], None, "identical"),
+        ("int8:t6", ["identical", "untestable"], None, "not testable in these bits"),
+        ("int8:t6", ["identical", "untestable"], (1000, 40), "not testable in these bits"),
+        ("nf4", ["untestable"], (1000, 2), "near-tie"),
+        ("nf4", ["untestable"] * 8, (1000, 2), "DIVERGED"),
+    ],
+)
+def test_a_methods_verdict(bits: str, outcomes: list[str], control: tuple[int, int] | None, word: str) -> None:
+    """In quantised bits it is held against how often the target parts from itself, where that is rare."""
+    findings = [told(outcome, 60 + place) for place, outcome in enumerate(outcomes)]
+    found = control and lossless.Control(weights="base", positions=control[0], flips=control[1])
+    assert lossless.verdict(findings, bits, found) == word
+    lossy = [told(outcome, 60, lossless=False) for outcome in outcomes]
+    assert lossless.verdict(lossy, bits, found) == "lossy by design"
+
+
+def test_a_quantised_target_is_held_against_itself(chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(**chat | {"bits": "8", "methods": "prompt-lookup"}) == 0
+    found = lossless.read_controls([chat["out"]])["base"]
+    _, references, _ = lossless.read([chat["out"]])
+    assert found.positions == sum(len(ref.new_tokens) - 1 for ref in references)
+    assert 0 <= found.flips < found.positions
+    assert "Scored 8 tokens at a time instead of one" in capsys.readouterr().out
+
+
+def test_a_precise_target_scored_in_chunks_is_itself(chat: dict[str, Any]) -> None:
+    verify(**chat | {"methods": "ar"})
+    _, references, _ = lossless.read([chat["out"]])
+    loaded = weights.load(weights.resolve(chat["model"]), weights.Bits(32), device="cpu")
+    assert verify_command.control("base", loaded, references).flips == 0
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+SAMPLING = {"temperature": 1.0, "samples": 12, "max_new_tokens": 40}
+
+
+def test_sampled_text_of_correct_methods_passes(chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(**chat | SAMPLING | {"methods": "ar,layerskip,prompt-lookup:ngram=1"}) == 0
+    assert capsys.readouterr().out.count("as the target") == 3
+    assert not chat["out"].exists()
+
+
+def test_argmax_drafts_scored_with_their_softmax_are_caught(
+    chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """layerskip drafts token by token; the planted bug makes each token the argmax and leaves q as it was."""
+    own = LayerSkip.propose
+
+    def propose(self: LayerSkip, tokens: list[int]) -> Any:
+        draw = self.sampler.draw
+        self.sampler.draw = lambda p_MV: p_MV.argmax(-1)  # type: ignore[method-assign]
+        try:
+            return own(self, tokens)
+        finally:
+            self.sampler.draw = draw  # type: ignore[method-assign]
+
+    monkeypatch.setattr(LayerSkip, "propose", propose)
+    assert verify(**chat | SAMPLING | {"methods": "layerskip:threshold=0.0:gamma=3"}) == 1
+    assert "DIVERGED" in capsys.readouterr().out
+
+
+def test_too_few_tokens_to_test_a_distribution_is_a_mistake(chat: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="too few for a test: add prompts, tokens or --samples"):
+        verify(**chat | SAMPLING | {"methods": "ar", "max_new_tokens": 4})
 
 
 def test_files_of_unlike_settings_are_not_merged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,26 @@ def test_every_turn_is_measured(rows: dict[str, list[Trial]]) -> None:
     for label, trials in rows.items():
         assert [(t.prompt_id, t.turn) for t in trials] == turns, label
         assert {(t.outcome, t.reason) for t in trials} == {("ok", None)}, label
+
+
+def test_a_process_warms_up_until_its_steps_get_no_faster(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ever faster steps are given up on after WARM_UP_PASSES, and the rows say so."""
+    took = iter((1.0, 0.5, 0.49, 0.48))
+    reading = meters.measure([1, 2], meters.Gauges())[1]
+
+    def measure(steps: object, gauges: object) -> object:
+        return [], dataclasses.replace(reading, round_seconds=[next(took)])
+
+    bench_ = worker.set_up(ready.job("ar"), ready.plan)
+    assert bench_.passes <= worker.WARM_UP_PASSES
+    monkeypatch.setattr(meters, "measure", measure)
+    bench_.passes, bench_.settled = 0, False
+    bench_.warm_up()
+    assert (bench_.passes, bench_.settled) == (3, True)
+    took = iter(2.0**-n for n in range(20))
+    bench_.passes, bench_.settled = 0, False
+    bench_.warm_up()
+    assert (bench_.passes, bench_.settled) == (worker.WARM_UP_PASSES, False)
 
 
 def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from harness.errors import UserError
 from harness.metrics import summary
 from harness.results import Run, Training, Trial
+from harness.stats import PROMPTS_LIKE_THESE
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
 from reports.words import answers, fitting
@@ -117,6 +118,14 @@ def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
         assert not any(name.startswith("on") for name in attrs)
     assert not re.search(r"@import|https?://(?!www\.w3\.org/2000/svg)", html)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", html))
+
+
+def test_every_figure_has_both_intervals_and_the_baseline_its_control() -> None:
+    words = Page(render([method_run(rounds=4)])).words
+    assert "all prompts" in words
+    assert f"{PROMPTS_LIKE_THESE} (bootstrap over prompts)" in words
+    assert "the baseline against itself, odd rounds over even ones, is 0.999" in words
+    assert "one round, so the baseline cannot be set against itself" in Page(render([method_run(rounds=1)])).words
 
 
 def hostile_run() -> Run:
@@ -349,7 +358,7 @@ def test_rendering_never_imports_torch() -> None:
 
 
 def test_reports_import_of_the_harness_only_what_reads_results() -> None:
-    allowed = {"results", "metrics", "stats", "errors"}
+    allowed = {"results", "metrics", "stats", "errors", "compare", "gates", "doubts", "history", "intervals", "steps"}
     for path in (Path(__file__).parents[2] / "reports").glob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert set(re.findall(r"^\s*(?:from|import) harness\.?(\w*)", source, re.M)) <= allowed

@@ -1,0 +1,150 @@
+"""What in a run's own figures is a reason not to trust them, and what to do about it: one sentence each. Pure.
+
+The thresholds say where a reader would draw other conclusions, not where noise becomes measurable.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from scipy import stats as scipy_stats
+
+from harness.intervals import controls
+from harness.metrics import Row
+from harness.results import BASELINE, Run, Trial
+
+DRIFT, DRIFT_P = 0.03, 0.01
+FEWEST_ROUNDS_FOR_DRIFT = 3
+CLOCK_LOSS = 0.05
+SLOW_FIRST = 1.10
+UNEVEN_STEPS = 1.5
+"p95 over p50 of the baseline's steps"
+NOISY_SPREAD = 0.05
+REPEATED = 0.2
+FEWEST_STEPS = 20
+
+
+def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
+    """In the order in which they matter; `rows` are the run's summary."""
+    good = [trial for trial in run.rows if trial.outcome == "ok"]
+    baselines = [row for row in rows if row.is_baseline]
+    found = (drift(rows), clocks(good), company(good), uneven(baselines), control(rows))
+    return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
+
+
+def drift(rows: Sequence[Row]) -> Iterator[str]:
+    """A trend of the baselines' speed over rounds."""
+    for control in controls(rows):
+        if len(control.speeds) < FEWEST_ROUNDS_FOR_DRIFT:
+            continue
+        logs = [math.log(speed) for speed in control.speeds]
+        trend = scipy_stats.linregress(range(len(logs)), logs)
+        change = math.expm1(float(trend.slope) * (len(logs) - 1))
+        if abs(change) > DRIFT and trend.pvalue < DRIFT_P:
+            word = "slower" if change < 0 else "faster"
+            yield (
+                f"Speeds drifted: {control.row.cell.label} became {abs(change):.0%} {word} from the first round to the "
+                "last. Speed-ups are paired by round and suffer little; for absolute speeds let the machine reach a "
+                "steady temperature and measure again."
+            )
+
+
+def clocks(good: Sequence[Trial]) -> Iterator[str]:
+    """Clocks that fell during trials, where the rows tell: any fields `clock_*_before` and `clock_*_after`."""
+    lost = [1 - after / before for trial in good for before, after in clock_pairs(trial) if before]
+    if lost and statistics.median(lost) > CLOCK_LOSS:
+        yield (
+            f"Clocks fell by {statistics.median(lost):.0%} during the median trial: the device throttled. Improve its "
+            "cooling, lower its power limit or lock its clocks, and measure again."
+        )
+
+
+def clock_pairs(trial: Trial) -> Iterator[tuple[float, float]]:
+    for name in trial.__struct_fields__:
+        if name.startswith("clock_") and name.endswith("_before"):
+            before: Any = getattr(trial, name)
+            after: Any = getattr(trial, name.removesuffix("_before") + "_after", None)
+            if before is not None and after is not None:
+                yield float(before), float(after)
+
+
+def company(good: Sequence[Trial]) -> Iterator[str]:
+    """Other processes on the device during trials, where the rows tell."""
+    seen = sum(bool(getattr(trial, "other_processes", None)) for trial in good)
+    if seen:
+        yield (
+            f"Another process computed on the device during {seen} of {len(good)} trials: their speeds are too low. "
+            "Wait for its end, and measure again."
+        )
+
+
+def uneven(baselines: Sequence[Row]) -> Iterator[str]:
+    """Steps of the baseline that take uneven times: it does the same work in each."""
+    for row in baselines:
+        took = row.round_seconds
+        if took is not None and row.verify_passes >= FEWEST_STEPS and took.p95 > UNEVEN_STEPS * took.p50:
+            yield (
+                f"Every 20th step of {row.cell.label} took {took.p95 / took.p50:.1f} times the median or more: "
+                "something else uses this machine. Close other programs, and add rounds."
+            )
+
+
+def control(rows: Sequence[Row]) -> Iterator[str]:
+    """The baseline against itself: surely not 1, or too far apart."""
+    for one in controls(rows):
+        label = one.row.cell.label
+        if one.holds is False and one.ratio is not None and abs(one.ratio.value - 1) > DRIFT:
+            yield (
+                f"{label} against itself is {one.ratio.value:.2f}, surely not 1, which chance does in one run of 20: "
+                "differences of this size mean nothing here. Look for what changes between rounds."
+            )
+        elif one.spread > NOISY_SPREAD:
+            yield (
+                f"Rounds of {label} differ by up to {one.spread:.0%} in speed: too noisy to rank methods that are "
+                "closer. Close other programs, or add rounds."
+            )
+
+
+def first_trials(good: Sequence[Trial]) -> Iterator[str]:
+    """The first trial of a baseline's process against its others, by the median step: the work is the same in each."""
+    processes: dict[tuple[str, int], list[Trial]] = {}
+    for trial in good:
+        if trial.cell.method == BASELINE:
+            processes.setdefault((trial.cell.id, trial.round), []).append(trial)
+    slow: dict[str, list[float]] = {}
+    for trials in processes.values():
+        steps = [statistics.median(trial.round_seconds) for trial in trials if trial.round_seconds]
+        if len(steps) > 2:
+            slow.setdefault(trials[0].cell.label, []).append(steps[0] / statistics.median(steps[1:]))
+    worst = max(slow, key=lambda label: statistics.median(slow[label]), default=None)
+    if worst is not None and (times := statistics.median(slow[worst])) > SLOW_FIRST:
+        yield (
+            f"The first trial of a process is slow ({worst}: a step takes {times - 1:.0%} more than in the others): "
+            "the warm-up was too short. Add prompts, so that it weighs less."
+        )
+
+
+def warm_up(good: Sequence[Trial]) -> Iterator[str]:
+    """Processes whose steps still became faster as their first trial began."""
+    restless = {(t.cell.label, t.round): t.warm_up_passes or 0 for t in good if t.warm_up_settled is False}
+    if restless:
+        labels = ", ".join(dict.fromkeys(label for label, _ in restless))
+        yield (
+            f"{labels}: in {len(restless)} process{'es' * (len(restless) != 1)} steps still became faster after a "
+            f"warm-up of {max(restless.values())} short texts: first trials may be slow. Add prompts, so that they "
+            "weigh less."
+        )
+
+
+def repeats(baselines: Sequence[Row]) -> Iterator[str]:
+    """How much of the baselines' text repeats itself."""
+    for row in baselines:
+        if row.repeated_share is not None and row.repeated_share > REPEATED:
+            yield (
+                f"{row.repeated_share:.0%} of the tokens of {row.cell.label} in {row.cell.bits} repeat what it wrote "
+                "before, which flatters methods that look text up: read tau without repeats, or ask for fewer new "
+                "tokens."
+            )

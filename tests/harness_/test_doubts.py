@@ -1,0 +1,96 @@
+"""Every doubt is raised by what it is about, and by nothing in a quiet run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import factory
+import msgspec
+import pytest
+from factory import cell, trial
+
+from harness.doubts import doubts
+from harness.metrics import summary
+from harness.results import Run, Trial
+
+
+def quiet(speeds: Sequence[float] = (1.0, 1.001, 0.999, 1.0), **changes: Any) -> list[Trial]:
+    """`ar` and `s3d`, four trials in each round, whose speeds are given by round; nothing repeats itself."""
+    return [
+        trial(cell(name), committed, seconds / speed, round=index, prompt_id=f"p{number}", **changes)
+        for index, speed in enumerate(speeds)
+        for number in range(4)
+        for name, committed, seconds in (("ar", [1] * 12, 0.1), ("s3d", [3, 3, 3, 3], 0.2))
+    ]
+
+
+def raised(*trials: Trial) -> list[str]:
+    run: Run = factory.run(*trials)
+    return doubts(run, summary(run))
+
+
+def test_a_quiet_run_raises_none() -> None:
+    assert raised(*quiet(warm_up_passes=2, warm_up_settled=True)) == []
+
+
+@pytest.mark.parametrize(("speeds", "word"), [((1.0, 0.97, 0.94, 0.91), "slower"), ((1.0, 1.03, 1.06, 1.1), "faster")])
+def test_drift(speeds: Sequence[float], word: str) -> None:
+    assert f"{word} from the first round to the last" in raised(*quiet(speeds))[0]
+    assert not any("drifted" in line for line in raised(*quiet(tuple(speeds[i] for i in (1, 3, 0, 2)))))
+
+
+def test_rounds_that_differ_are_too_noisy_to_rank_by() -> None:
+    (line,) = raised(*quiet((1.0, 0.9, 0.98, 1.02)))
+    assert "Rounds of ar differ by up to 13% in speed" in line
+    assert "add rounds" in line
+
+
+def test_a_baseline_that_is_not_itself() -> None:
+    (line,) = raised(*quiet((1.0, 1.1, 1.001, 1.101)))
+    assert "ar against itself is 1.10, surely not 1" in line
+
+
+def test_uneven_steps_of_the_baseline_are_another_programs() -> None:
+    steps = [0.1] * 10 + [0.2] * 2
+    (line,) = raised(
+        *(msgspec.structs.replace(one, round_seconds=steps) if one.cell.method == "ar" else one for one in quiet())
+    )
+    assert "something else uses this machine. Close other programs" in line
+
+
+def test_a_slow_first_trial_and_a_warm_up_that_did_not_settle() -> None:
+    slow = [
+        msgspec.structs.replace(one, round_seconds=[0.12] * 12)
+        if one.prompt_id == "p0" and one.cell.method == "ar"
+        else one
+        for one in quiet(warm_up_passes=6, warm_up_settled=False)
+    ]
+    first, restless = raised(*slow)
+    assert "first trial of a process is slow (ar: a step takes 20% more" in first
+    assert "in 8 processes steps still became faster after a warm-up of 6 short texts" in restless
+
+
+def test_text_that_repeats_itself() -> None:
+    (line,) = raised(*quiet(tokens=[7] * 13))
+    assert "31% of the tokens of ar in 32 repeat what it wrote before" in line
+
+
+class Clocked(Trial, frozen=True, kw_only=True):
+    """A trial with clocks and company, as rows of a GPU may have them."""
+
+    clock_sm_hertz_before: float | None = None
+    clock_sm_hertz_after: float | None = None
+    other_processes: int | None = None
+
+
+def clocked(after: float, others: int) -> list[Trial]:
+    told = {"clock_sm_hertz_before": 1.98e9, "clock_sm_hertz_after": after, "other_processes": others}
+    return [Clocked(**{name: getattr(one, name) for name in one.__struct_fields__} | told) for one in quiet()]
+
+
+def test_throttled_clocks_and_other_processes_where_rows_tell_of_them() -> None:
+    assert raised(*clocked(1.97e9, 0)) == []
+    slow, crowded = raised(*clocked(1.5e9, 1))
+    assert "Clocks fell by 24% during the median trial" in slow
+    assert "Another process computed on the device during 32 of 32 trials" in crowded

@@ -1,0 +1,89 @@
+"""Result files are a public format: every version loads for ever, a torn file loads but for its torn line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import factory
+import msgspec
+import pytest
+
+from harness.errors import UserError
+from harness.metrics import summary
+from harness.results import SCHEMA, append_trial, read_run, read_runs, read_trials, write_manifest
+from reports.page import render
+from reports.tables import warnings
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+@pytest.mark.parametrize("version", range(1, SCHEMA + 1))
+def test_every_version_loads_and_says_what_it_said(version: int) -> None:
+    run = read_run(GOLDEN / f"v{version}")
+    assert run.skipped_lines == 0
+    assert len(run.rows) == len(run.manifest.cells) * 4 * run.manifest.rounds
+    taus = {row.cell.label: row.tau for row in summary(run)}
+    assert taus == {"ar": 1.0, "prompt-lookup": 1.0, "layerskip": pytest.approx(40 / 38)}
+    assert "layerskip" in render([run])
+
+
+def golden_copy(folder: Path) -> Path:
+    return shutil.copytree(GOLDEN / "v1", folder / "run")
+
+
+def test_a_file_cut_off_in_a_line_loads_all_but_that_line_and_says_so(tmp_path: Path) -> None:
+    directory = golden_copy(tmp_path)
+    trials = directory / "trials.jsonl"
+    lines = trials.read_bytes().splitlines(keepends=True)
+    trials.write_bytes(b"".join(lines[:-1]) + lines[-1][:200])
+    run = read_run(directory)
+    assert (len(run.rows), run.skipped_lines) == (len(lines) - 1, 1)
+    assert any(line.startswith("1 line of trials.jsonl could not be read") for line in warnings(run, summary(run)))
+
+
+def test_unknown_fields_are_kept(tmp_path: Path) -> None:
+    """What a newer program wrote is in the raw line, and survives a manifest that this program writes anew."""
+    directory = golden_copy(tmp_path)
+    trials, manifest = directory / "trials.jsonl", directory / "manifest.json"
+    first, *rest = trials.read_text().splitlines(keepends=True)
+    trials.write_text(json.dumps(json.loads(first) | {"moon_phase": 0.5}) + "\n" + "".join(rest))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tides": ["high"]}))
+    read = next(read_trials(trials))
+    assert read is not None
+    assert read[1]["moon_phase"] == 0.5
+    write_manifest(directory, read_run(directory).manifest)
+    assert json.loads(manifest.read_text())["tides"] == ["high"]
+    append_trial(trials, read[0])
+    assert json.loads(trials.read_text().splitlines()[0])["moon_phase"] == 0.5
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    newer = msgspec.structs.replace(factory.trial(factory.cell()), schema=SCHEMA + 1)
+    append_trial(tmp_path / "newer.jsonl", newer)
+    with pytest.raises(UserError, match="update the harness"):
+        read_runs(tmp_path / "newer.jsonl")
+
+
+def test_a_path_may_be_a_run_a_directory_of_runs_or_a_file(tmp_path: Path) -> None:
+    golden_copy(tmp_path)
+    (run,) = read_runs(tmp_path)
+    assert [read_runs(path) for path in (tmp_path / "run", tmp_path / "run" / "trials.jsonl")] == [[run], [run]]
+    alone = shutil.copy(tmp_path / "run" / "trials.jsonl", tmp_path / "baseline.jsonl")
+    (bare,) = read_runs(alone)
+    assert bare.rows == run.rows
+    assert bare.manifest.host == {}
+    taus, expected = ({row.cell.label: row.tau for row in summary(one)} for one in (bare, run))
+    assert taus == expected
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n"])
+def test_what_holds_no_trial_is_refused(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"give a run, a directory of runs, or a trials\.jsonl"):
+        read_runs(path)
+    with pytest.raises(UserError, match="holds no run"):
+        read_runs(tmp_path)
