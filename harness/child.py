@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -85,14 +85,14 @@ def to_parent() -> Emit:
     return emit
 
 
-def run(module: str, argument: Path, log: Path, on_event: Emit, environment: Mapping[str, str]) -> int:
-    """In the parent: run `python -m module argument` to its end; its exit status, negative for a signal.
+def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, environment: Mapping[str, str]) -> int:
+    """In the parent: run `python -m module arguments` to its end; its exit status, negative for a signal.
 
     `environment` is added to ours. A child does not see Ctrl-C, which reaches us, and is stopped when we leave.
     """
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, str(argument)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -88,7 +88,10 @@ def run(
     dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
     system: Annotated[str | None, Parameter(help="System message.")] = None,
     raw: Annotated[bool | None, _flag("Give prompts as they are, without the chat template.")] = None,
-    runtime: Annotated[str | None, Parameter(help="eager.")] = None,
+    runtime: Annotated[str | None, Parameter(help="eager, graph (CUDA graphs), compile, or several.")] = None,
+    isolation: Annotated[
+        str | None, Parameter(help="Fresh process for each round of a cell (round), each cell, or the run.")
+    ] = None,
     dry_run: Annotated[bool, _flag("Print the plan and stop.")] = False,
     trust_remote_code: Annotated[bool | None, _flag("Run code that comes with the model.")] = None,
 ) -> int:

@@ -481,7 +481,7 @@ def _verdict_kind(
 
 def unjudged(run: Run) -> list[Parting]:
     """Greedy answers of lossless methods whose difference from the baseline's only float64 can judge, and has not."""
-    if run.manifest.temperature > 0:
+    if run.manifest.temperature > 0 or any(row.drawn_acceptance is not None for row in run.rows):
         return []
     known = {one.key for one in run.judged}
     found = []

@@ -70,6 +70,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool = False
     trust_remote_code: bool = False
     out: str | None = None
+    isolation: Literal["round", "cell", "run"] = "round"
+    "what has a process of its own: every cell in every round, every cell, or only the run"
 
 
 class Merge(msgspec.Struct, frozen=True):
@@ -115,6 +117,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     raw: bool
     trust_remote_code: bool
     preliminary: bool
+    isolation: str = "round"
     precision: float | None = None
     "rounds end when every speed-up's interval is narrower than this share of it; None: after `rounds`"
     time_budget_seconds: float | None = None
@@ -347,6 +350,8 @@ def plan(
     _refuse_two_merges_of_one_name(cells)
     on_cpu = device == "cpu"
     automatic = request.rounds == "auto"
+    if automatic and request.isolation != "round":
+        raise UserError("`--rounds auto` judges by fresh processes: drop --isolation, or give a number of rounds")
     if not automatic and (request.precision is not None or request.time_budget is not None):
         raise UserError("--precision and --time-budget say when `--rounds auto` ends: add it")
     asked = AUTO_ROUNDS[1] if request.rounds == "auto" else request.rounds
@@ -363,6 +368,7 @@ def plan(
         system=request.system,
         raw=request.raw,
         trust_remote_code=request.trust_remote_code,
+        isolation=request.isolation,
         preliminary=rounds < PUBLISHABLE_ROUNDS
         or (not shape and (request.prompts == "quick" or request.limit is not None)),
         acceptance=None if drawn is None else drawn.said,

@@ -58,8 +58,8 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
         manifest = read_run(directory).manifest
     on_event(child.Left(left))
     if plan.precision is None:
-        for job in jobs:
-            _work(job, plan, directory / "workers", on_event)
+        for batch in _batches(jobs, plan.isolation):
+            _work(batch, plan, directory / "workers", on_event)
     else:
         _until_precise(plan, directory, manifest, prepared.sources, on_event)
     _judge(plan, directory, prepared.sources, on_event)
@@ -72,7 +72,7 @@ def _quality(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_ev
         return
     path, log = (directory / "workers" / f"quality.{end}" for end in ("json", "log"))
     path.write_bytes(msgspec.json.encode(quality.Job(directory=str(directory), sources=sources)))
-    status = child.run("harness.quality", path, log, on_event, host.worker_environment(plan.device))
+    status = child.run("harness.quality", [path], log, on_event, host.worker_environment(plan.device))
     if status != 0:
         on_event(child.Warned(f"changed targets could not be held against 32 bits: {_death(status, log)[1]}"))
 
@@ -83,7 +83,7 @@ def _judge(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_even
         return
     path, log = (directory / "workers" / f"judge.{end}" for end in ("json", "log"))
     path.write_bytes(msgspec.json.encode(judge.Job(directory=str(directory), sources=sources)))
-    status = child.run("harness.judge", path, log, on_event, host.worker_environment(plan.device))
+    status = child.run("harness.judge", [path], log, on_event, host.worker_environment(plan.device))
     if status != 0:
         on_event(child.Warned(f"differing answers could not be judged in float64: {_death(status, log)[1]}"))
 
@@ -107,7 +107,7 @@ def _until_precise(
         if round >= plan.fewest_rounds:
             on_event(child.Left(_left(jobs, plan)))
         for job in jobs:
-            _work(job, plan, directory / "workers", on_event)
+            _work([job], plan, directory / "workers", on_event)
         now, run = time.monotonic(), read_run(directory)
         longest = max(longest, now - started)
         manifest.rounds = 1 + max(row.round for row in run.rows)
@@ -169,6 +169,7 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         acceptance=plan.acceptance,
         vram_budget_bytes=plan.vram_budget_bytes,
         device_map=plan.device_map,
+        isolation=plan.isolation,
         preliminary=plan.preliminary,
         host=host.facts(plan.device),
         versions=host.versions(),
@@ -219,7 +220,7 @@ def _prepare(plan: Plan, directory: Path, on_event: child.Emit) -> child.Prepare
         on_event(event)
 
     log = directory / "workers" / "prepare.log"
-    child.run("harness.prepare", directory, log, listen, host.worker_environment(plan.device))
+    child.run("harness.prepare", [directory], log, listen, host.worker_environment(plan.device))
     match said[-1:]:
         case [child.Prepared() as prepared]:
             return prepared
@@ -257,22 +258,36 @@ def _round(round: int, plan: Plan, directory: Path, sources: dict[str, ModelSour
         )
 
 
-def _work(job: Job, plan: Plan, folder: Path, on_event: child.Emit) -> None:
-    """Run a worker for what is missing of its cell and round, and see to it that every turn has a row afterwards."""
-    planned = plan.cells[job.cell]
-    turns = worker.missing(job, plan)
-    if not turns:
-        return
-    if planned.unsupported is not None:
-        worker.fail(job, plan, turns, "unsupported", planned.unsupported, lambda event: None)
-        return
-    on_event(child.Started(planned.cell.label, planned.cell.bits, job.round, job.order, len(turns)))
-    path, log = (folder / f"{job.cell}-{planned.cell.method}.round-{job.round}.{end}" for end in ("json", "log"))
-    path.write_bytes(msgspec.json.encode(job))
-    status = child.run("harness.worker", path, log, on_event, host.worker_environment(planned.cell.device))
-    if status != 0:
-        outcome, reason = _death(status, log)
-        worker.fail(job, plan, worker.missing(job, plan), outcome, reason, on_event)
+def _batches(jobs: Sequence[Job], isolation: str) -> list[list[Job]]:
+    """Which jobs share a process."""
+    match isolation:
+        case "run":
+            return [list(jobs)]
+        case "cell":
+            cells = dict.fromkeys(job.cell for job in jobs)
+            return [[job for job in jobs if job.cell == cell] for cell in cells]
+    return [[job] for job in jobs]
+
+
+def _work(jobs: Sequence[Job], plan: Plan, folder: Path, on_event: child.Emit) -> None:
+    """Run workers for what is missing of these jobs, and see to it that every turn has a row afterwards."""
+    for job in jobs:
+        if (reason := plan.cells[job.cell].unsupported) is not None and (turns := worker.missing(job, plan)):
+            worker.fail(job, plan, turns, "unsupported", reason, lambda event: None)
+    while left := [job for job in jobs if worker.missing(job, plan)]:
+        first = left[0]
+        planned = plan.cells[first.cell]
+        on_event(worker.started(first, plan))
+        name = f"{first.cell}-{planned.cell.method}.round-{first.round}"
+        paths = [folder / f"{job.cell}-{plan.cells[job.cell].cell.method}.round-{job.round}.json" for job in left]
+        for job, path in zip(left, paths, strict=True):
+            path.write_bytes(msgspec.json.encode(job))
+        log = folder / f"{name}.log"
+        status = child.run("harness.worker", paths, log, on_event, host.worker_environment(planned.cell.device))
+        if status != 0:  # the job that it died in has failed; a new process does the rest
+            outcome, reason = _death(status, log)
+            dead = next(job for job in left if worker.missing(job, plan))
+            worker.fail(dead, plan, worker.missing(dead, plan), outcome, reason, on_event)
 
 
 def _death(status: int, log: Path) -> tuple[Outcome, str]:

@@ -1,4 +1,4 @@
-"""One cell and one round in a process of its own: `python -m harness.worker JOB.json`.
+"""Cells and rounds in a process of their own, one unless the user wants more: `python -m harness.worker JOB.json..`.
 
 Loads, warms up, decodes every prompt that the result file does not have yet, and appends each trial at once. Whatever
 goes wrong becomes a row with its reason; a process that was killed leaves that to the parent.
@@ -6,6 +6,7 @@ goes wrong becomes a row with its reason; a process that was killed leaves that 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import statistics
@@ -13,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,45 @@ SPARE_SLOTS = 64
 
 def main() -> None:
     emit = child.to_parent()
-    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job)
-    work(job, msgspec.json.decode(Path(job.plan).read_bytes(), type=Plan), emit)
+    bench: Bench | None = None
+    for place, path in enumerate(sys.argv[1:]):
+        job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
+        plan = msgspec.json.decode(Path(job.plan).read_bytes(), type=Plan)
+        if place:
+            emit(started(job, plan))
+        loaded = None
+        if bench is not None and bench.job.cell != job.cell:
+            loaded, bench = bench.lend(job), None
+            free()
+        bench = work(job, plan, emit, bench, loaded)
 
 
-def work(job: Job, plan: Plan, emit: child.Emit) -> None:
+def started(job: Job, plan: Plan) -> child.Started:
+    cell = plan.cells[job.cell].cell
+    return child.Started(cell.label, cell.bits, job.round, job.order, len(missing(job, plan)))
+
+
+def free() -> None:
+    """Give back what a cell held, as far as a process can."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def work(
+    job: Job, plan: Plan, emit: child.Emit, bench: Bench | None = None, loaded: LoadedModel | None = None
+) -> Bench | None:
+    """Measure what is missing of a job; what can do the next round of its cell.
+
+    `bench` has this cell from an earlier round, `loaded` its target from another cell.
+    """
     turns = missing(job, plan)
     try:
-        bench = set_up(job, plan)
+        bench = set_up(job, plan, loaded) if bench is None else replace(bench, job=job)
     except Exception as error:
         fail(job, plan, turns, *diagnose(error), emit)
-        return
+        return None
     for turn in turns:
         try:
             measured = bench.trial(turn)
@@ -62,6 +91,7 @@ def work(job: Job, plan: Plan, emit: child.Emit) -> None:
         else:
             append_trial(Path(job.trials), job.row(plan, turn, "ok", **measured))
             emit(child.Decoded("ok", 1, len(measured["new_tokens"]) - 1, measured["decode_seconds"]))
+    return bench
 
 
 def fail(job: Job, plan: Plan, turns: Sequence[Turn], outcome: Outcome, reason: str, emit: child.Emit) -> None:
@@ -181,6 +211,12 @@ class Bench:
             "drawn_acceptance": None if self.redraw is None else self.redraw.chances,
         }
 
+    def lend(self, job: Job) -> LoadedModel | None:
+        """The target for another cell, where that wants the same."""
+        cell, other = (self.plan.cells[each.cell].cell for each in (self.job, job))
+        same = job.source == self.job.source and (cell.bits, cell.dtype) == (other.bits, other.dtype)
+        return self.loaded if same else None
+
     def _seed(self, turn: Turn) -> None:
         assert self.sampler.generator is not None
         seed = seed_of(self.plan.seed, turn)
@@ -208,7 +244,8 @@ def seed_of(seed: int, turn: Turn) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
-def set_up(job: Job, plan: Plan) -> Bench:
+def set_up(job: Job, plan: Plan, loaded: LoadedModel | None = None) -> Bench:
+    """Load and warm up; `loaded` is the cell's target where the process has it."""
     exact_float32()
     torch.manual_seed(plan.seed)
     program_bytes = meters.rss_bytes()
@@ -216,7 +253,7 @@ def set_up(job: Job, plan: Plan) -> Bench:
     cell = planned.cell
     if plan.vram_budget_bytes is not None:
         meters.cap(torch.device(cell.device), plan.vram_budget_bytes)
-    loaded = weights.load(
+    loaded = loaded or weights.load(
         job.source,
         Bits.parse(cell.bits),
         device=cell.device,

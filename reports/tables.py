@@ -300,7 +300,8 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
     if run.manifest.isolation != "round":
         lines.append(
-            "Rounds shared a process (isolation: cell): intervals over rounds miss what a fresh start would vary."
+            f"Rounds shared a process (isolation: {run.manifest.isolation}): intervals over rounds miss what a fresh "
+            "start would vary."
         )
     return lines + [plain(line) for line in doubts(run, rows)]
 
