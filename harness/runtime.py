@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,8 +75,49 @@ class FixedRuntime(Runtime):
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if self.name == "compile" else 0
 
 
-class GraphRuntime(FixedRuntime):
-    """One CUDA graph a name, input shapes and cache spans; all share one memory pool.
+class Capture(Protocol):
+    """Device work that was recorded once."""
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Do it again on these inputs: the same outputs, with new values in them."""
+
+
+class CapturingRuntime(FixedRuntime):
+    """One capture a name, input shapes and cache spans; a subclass says how to record one."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._captured: dict[Hashable, Capture] = {}
+        self._kept: set[int] = set()
+        self._capturing = False
+
+    def capture(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Capture, Any]:
+        """Record `function(*inputs)`, whose inputs stay where they are: the capture and its outputs."""
+        raise NotImplementedError
+
+    def keeps(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._kept
+
+    @property
+    def captures(self) -> int:
+        return len(self._captured)
+
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+        if self._capturing:
+            return function(*inputs)  # part of a larger capture
+        places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
+        key = (name, places, tuple(cache.span for cache in self.caches))
+        if key not in self._captured:
+            self._capturing = True
+            fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
+            self._captured[key], outputs = self.capture(function, fixed)
+            self._kept |= {id(tensor) for tensor in tensors_of(outputs)}
+            self._capturing = False
+        return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
+
+
+class GraphRuntime(CapturingRuntime):
+    """CUDA graphs, all of one memory pool.
 
     A failed capture poisons the process, so a function that waits for the device must not come here. Graphs of one
     pool reuse each other's intermediate memory: outputs last until the round is over, and what a method remembers
@@ -88,17 +129,7 @@ class GraphRuntime(FixedRuntime):
         self.device, self.generator = device, generator
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._captured: dict[Hashable, _Capture] = {}
-        self._kept: set[int] = set()
-        self._capturing = False
         self._seconds, self._bytes = 0.0, 0
-
-    def keeps(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._kept
-
-    @property
-    def captures(self) -> int:
-        return len(self._captured)
 
     @property
     def capture_seconds(self) -> float:
@@ -108,49 +139,34 @@ class GraphRuntime(FixedRuntime):
     def captured_bytes(self) -> int:
         return self._bytes
 
-    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
-        if self._capturing:
-            return function(*inputs)  # part of a larger capture
-        places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
-        key = (name, places, tuple(cache.span for cache in self.caches))
-        if key not in self._captured:
-            self._capturing = True
-            self._captured[key] = self._capture(function, inputs)
-            self._capturing = False
-        return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
-
-    def _capture(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Capture:
+    def capture(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Capture, Any]:
         started, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
-        fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
         random = None if self.generator is None else self.generator.get_state()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
-                function(*fixed)
+                function(*inputs)
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
         if self.generator is not None and random is not None:
             self.generator.set_state(random)
-        graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
             graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            outputs = function(*fixed)
-        for tensor in tensors_of(outputs):
-            self._kept.add(id(tensor))
+            outputs = function(*inputs)
         self._seconds += time.perf_counter() - started
         self._bytes += torch.cuda.memory_allocated(self.device) - before
-        return _Capture(graph, fixed, outputs)
+        return Graph(graph, inputs, outputs), outputs
 
 
-class _Capture:
-    """A graph, the places of its inputs, and its outputs, which live as long as it does."""
+class Graph:
+    """A CUDA graph, the places of its inputs, and its outputs, which live as long as it does."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, fixed: list[Tensor], outputs: Any) -> None:
-        self.graph, self.fixed, self.outputs = graph, fixed, outputs
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[Tensor], outputs: Any) -> None:
+        self.graph, self.inputs, self.outputs = graph, inputs, outputs
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Any:
-        for place, tensor in zip(self.fixed, inputs, strict=True):
+        for place, tensor in zip(self.inputs, inputs, strict=True):
             if place is not tensor:
                 place.copy_(tensor)
         self.graph.replay()

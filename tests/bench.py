@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.decode import Limits, Step, decode
 from harness.draft import Draft
 from harness.lesson import Lesson
 from harness.method import Method
+from harness.runtime import CapturingRuntime, tensors_of
 from harness.sampling import Sampler
 from harness.target import Scores, Target
 from harness.trunk import DraftHead, Trunk
@@ -107,6 +109,45 @@ def keep(target: Target, verdict: Verdict, draft: Draft) -> None:
     """A round's end by itself."""
     target.keep(verdict, draft)
     target.commit(verdict.host())
+
+
+class Rehearsal(CapturingRuntime):
+    """Captures on a CPU: the first function of a name is kept and done again, with the host as it was then.
+
+    So whatever is not an input and does not lie at a fixed address is stale, as it would be in a CUDA graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("graph")
+
+    def capture(self, function: Any, inputs: list[Tensor]) -> tuple[Any, Any]:
+        outputs, lengths = function(*inputs), [cache.length for cache in self.caches]
+        return Rehearsed(self, function, inputs, outputs, lengths), outputs
+
+
+@dataclass
+class Rehearsed:
+    runtime: Rehearsal
+    function: Any
+    inputs: list[Tensor]
+    outputs: Any
+    lengths: list[int]
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
+        for place, tensor in zip(self.inputs, inputs, strict=True):
+            if place is not tensor:
+                place.copy_(tensor)
+        now = [cache.length for cache in self.runtime.caches]
+        self._host(self.lengths, capturing=True)
+        for place, tensor in zip(tensors_of(self.outputs), tensors_of(self.function(*self.inputs)), strict=True):
+            place.copy_(tensor)
+        self._host(now, capturing=False)
+        return self.outputs
+
+    def _host(self, lengths: Sequence[int], *, capturing: bool) -> None:
+        self.runtime._capturing = capturing
+        for cache, length in zip(self.runtime.caches, lengths, strict=True):
+            cache.length = length
 
 
 class Direct:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import decoded, keep, load, sampler, score, text, trainee, write
+from bench import Rehearsal, decoded, keep, load, sampler, score, text, trainee, write
 from scipy.stats import chi2
 from tiny import ARCHITECTURES, VOCAB, tiny
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from harness import method
 from harness.decode import Limits
 from harness.draft import Draft
-from harness.runtime import FixedRuntime, Runtime
+from harness.runtime import Runtime
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.verify import Verdict
@@ -114,6 +114,7 @@ class Bench:
         prompt: int = 12,
         new: int = NEW_TOKENS,
         runtime: Runtime | None = None,
+        draws: Sampler | None = None,
     ) -> Any:
         """(target, method), with a cache that holds the text, what the method says it needs beyond it, and no more."""
         path = self.drafter(case, architecture)
@@ -121,7 +122,7 @@ class Bench:
         reach = load(case.name, Target(model, capacity=256), path, **case.loading).reach
         # Before the last round all but two tokens of the text are committed: one is pending, one is still to come.
         target = Target(model, capacity=prompt + new - 2 + reach + spare, scratch=reach, runtime=runtime)
-        return target, load(case.name, target, path, **case.loading)
+        return target, load(case.name, target, path, draws, **case.loading)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +152,18 @@ def test_greedy_text_is_the_targets_own(case: Case, architecture: str, bench: Be
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fixed_addresses_change_nothing(case: Case, architecture: str, bench: Bench) -> None:
-    """What a captured graph would read and write, one launch at a time."""
-    kinds = (Runtime(), FixedRuntime("graph"))
-    free, fixed = (decoded(*bench.load(case, architecture, runtime=one), PROMPT, Limits(NEW_TOKENS)) for one in kinds)
-    assert fixed == free
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_captured_depends_on_nothing_that_changes(
+    case: Case, architecture: str, temperature: float, bench: Bench
+) -> None:
+    texts = []
+    for runtime in (Runtime(), Rehearsal()):
+        draws = sampler(temperature)
+        target, decoder = bench.load(case, architecture, runtime=runtime, draws=draws)
+        texts.append([decoded(target, decoder, prompt, Limits(NEW_TOKENS), draws) for prompt in (PROMPT, PROMPT[:7])])
+    if temperature == 0.0:
+        assert texts[1] == texts[0]
+    assert runtime.captures > 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,103 @@
+"""Runtimes: captures that are replayed, caches at fixed addresses, compiled layers. CUDA graphs need a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench import Rehearsal, decoded, load, steady, text, trainee, write
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import VOCAB, tiny
+
+from harness.cache import KVCache, bucket
+from harness.decode import Limits
+from harness.runtime import FixedRuntime, Runtime, make, unsupported
+from harness.target import Target
+
+CPU = torch.device("cpu")
+
+
+@steady
+@given(st.integers(1, 200_000), st.integers(0, 300))
+def test_a_span_holds_what_is_asked_and_little_more(slots: int, more: int) -> None:
+    assert slots <= bucket(slots) <= max(slots + 255, slots * 9 / 8)
+    assert bucket(slots) <= bucket(slots + more)
+    assert bucket(bucket(slots)) == bucket(slots)
+
+
+def test_a_call_is_captured_once_a_name_shape_and_span() -> None:
+    runtime, calls = Rehearsal(), []
+    cache = KVCache({0: CPU}, 600, heads=1, width=2, dtype=torch.float32)
+    runtime.adopt(cache, 64)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return 2 * x
+
+    first = runtime.call("double", double, torch.tensor([1.0, 2.0]))
+    assert first.tolist() == [2.0, 4.0]
+    assert runtime.keeps(first)
+    again = runtime.call("double", double, torch.tensor([3.0, 4.0]))
+    assert again is first
+    assert again.tolist() == [6.0, 8.0]
+    assert runtime.captures == 1
+    runtime.call("double", double, torch.tensor([1.0]))
+    runtime.call("other", double, torch.tensor([1.0, 2.0]))
+    assert runtime.captures == 3
+    cache.commit(300)  # another span
+    runtime.call("double", double, torch.tensor([1.0, 2.0]))
+    assert runtime.captures == 4
+
+
+def test_calls_within_a_capture_belong_to_it() -> None:
+    runtime = Rehearsal()
+    outer = runtime.call("outer", lambda x: runtime.call("inner", torch.neg, x) + 1, torch.tensor([2.0]))
+    assert outer.tolist() == [-1.0]
+    assert runtime.captures == 1
+
+
+def test_an_output_of_one_capture_is_read_in_place_by_the_next() -> None:
+    runtime = Rehearsal()
+    for value in (1.0, 5.0):
+        made = runtime.call("make", torch.neg, torch.tensor([value]))
+        read = runtime.call("read", lambda x: x.sum(), made)
+        assert float(read) == -value
+    assert runtime.captures == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ar", "s3d", "layerskip"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_compiled_layers_give_the_same_text(name: str, architecture: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = tiny(architecture)
+    path = None
+    if name == "s3d":
+        path = write(tmp_path / "s3d.safetensors", trainee(name, model, k=3, rank=4, keep="1+2"))
+    texts = []
+    for runtime in (Runtime(), FixedRuntime("compile")):
+        target = Target(model, capacity=300, scratch=64, runtime=runtime)
+        texts.append(decoded(target, load(name, target, path), text(12, VOCAB), Limits(24)))
+    assert texts[0] == texts[1]
+    assert runtime.captures > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "device", "reason"),
+    [
+        ("graph", "16", "cpu", "need a CUDA device"),
+        ("graph", "int8:t6", "cuda", "--bits int8:t0"),
+        ("compile", "int8:t6", "cuda", "--bits int8:t0"),
+        ("compile", "nf4", "cuda", "--runtime graph"),
+        ("graph", "int8:t0", "cuda", None),
+        ("compile", "32", "cpu", None),
+        ("eager", "int8:t6", "cpu", None),
+    ],
+)
+def test_what_cannot_be_captured_says_so(name: str, bits: str, device: str, reason: str | None) -> None:
+    found = unsupported(name, bits, device)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_without_a_gpu_compile_does_not_capture() -> None:
+    assert type(make("compile", CPU)) is FixedRuntime
+    assert type(make("eager", CPU)) is Runtime
