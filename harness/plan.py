@@ -369,8 +369,8 @@ def plan(
         raw=request.raw,
         trust_remote_code=request.trust_remote_code,
         isolation=request.isolation,
-        preliminary=rounds < PUBLISHABLE_ROUNDS
-        or (not shape and (request.prompts == "quick" or request.limit is not None)),
+        preliminary=not shape
+        and (request.prompts == "quick" or request.limit is not None or rounds < PUBLISHABLE_ROUNDS),
         acceptance=None if drawn is None else drawn.said,
         vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
         device_map=request.device_map,
@@ -429,9 +429,10 @@ class _Group:
         )
         found, reason = None, launching.unsupported(self.runtime, self.bits, self.device)
         reason = reason or kind.unsupported(cell, options)
-        profile = None if self.drawn is None else self.drawn.of(spec.label, spec.name, spec.options)
-        if self.drawn is not None and profile is None and spec.name != BASELINE:
-            reason = reason or f"{self.drawn.said} knows no acceptance of it"
+        profile = None
+        if self.drawn is not None and spec.name != BASELINE:
+            profile = self.drawn.of(spec.label, spec.name, spec.options)
+            reason = reason or (None if profile else f"{self.drawn.said} knows no acceptance of it")
         if kind.needs_drafter:
             found = self._drafter(kind.drafter_name(options), getattr(options, "drafter", None), spec)
             reason = reason or (None if found else self._untrained(spec, kind.drafter_name(options)))

@@ -272,7 +272,8 @@ def write_drafter(of: ModelSource, spec: Spec, path: Path) -> None:
     trunk = Trunk(hollow(of, torch.bfloat16))
     rows = None if trunk.vocabulary <= DRAFT_ROWS * 1.1 else torch.arange(DRAFT_ROWS, device="meta")
     seed_ids = torch.zeros(1, dtype=torch.long, device="meta")
-    trainee = method.find(spec.name).trainee(trunk, method.options_of(spec), rows, seed_ids)
+    with torch.device("meta"):
+        trainee = method.find(spec.name).trainee(trunk, method.options_of(spec), rows, seed_ids)
     if trainee is None:
         raise UserError(f"{spec.label} wants a trained drafter and cannot make one: give its drafter= option")
     generator = torch.Generator().manual_seed(SEED)

@@ -16,11 +16,13 @@ import torch
 from harness import cli, drafter, method, shapes, weights
 from harness.decode import Limits
 from harness.errors import UserError
+from harness.metrics import summary
 from harness.plan import plan, read_request
-from harness.results import read_run
+from harness.results import Run, read_run
 from harness.target import Target
 from harness.weights import Bits
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = weights.resolve("shape:tiny")
 DRAFTING = ("s3d", "medusa", "eagle", "draft-model")
 
@@ -159,27 +161,47 @@ def test_no_architecture_but_those_that_decode(tmp_path: Path) -> None:
         weights.resolve(f"shape:{config}")
 
 
-def test_a_run_of_a_shape_is_synthetic_everywhere(tmp_path: Path) -> None:
-    methods = "ar,s3d,eagle,medusa,layerskip"
-    asked = ["--model", "shape:tiny", "--methods", methods, "--acceptance", "0.7,0.5", "--context", "64"]
-    line = [sys.executable, "-m", "harness", "run", *asked, "--bits", "16", "--limit", "2", "--out", "run"]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "HARNESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+METHODS = "ar,s3d,eagle,medusa,layerskip"
+
+
+def run_shape(folder: Path, *options: str) -> tuple[Run, str]:
+    """A run of the command line, and what it printed."""
+    asked = ["--model", "shape:tiny", "--limit", "2", "--context", "64", "--out", "run", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HARNESS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "harness", "run", *asked]
+    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = read_run(tmp_path / "run")
+    return read_run(folder / "run"), done.stdout
+
+
+def test_a_run_of_a_shape_is_synthetic_everywhere(tmp_path: Path) -> None:
+    run, shown = run_shape(tmp_path, "--methods", METHODS, "--acceptance", "0.7,0.5", "--bits", "16")
     assert {row.outcome for row in run.rows} == {"ok"}
-    assert {row.cell.method for row in run.rows} == set(methods.split(","))
+    assert {row.cell.method for row in run.rows} == set(METHODS.split(","))
     assert all(row.synthetic and row.prompt_tokens == 64 and row.cell.context == 64 for row in run.rows)
     assert all(len(row.new_tokens or ()) == run.manifest.max_new_tokens for row in run.rows), "no text ends by itself"
-    assert all(
-        row.drawn_acceptance == [0.7, *[0.5] * (len(row.drawn_acceptance or ()) - 1)]
-        for row in run.rows
-        if row.cell.method != "ar"
-    )
+    for row in run.rows:
+        if row.cell.method == "ar":
+            assert row.drawn_acceptance is None
+        else:
+            assert row.drawn_acceptance == [0.7] + [0.5] * (max(row.drafted_depth or ()) - 1)
     assert (run.manifest.synthetic, run.manifest.acceptance) == (True, "0.7,0.5")
-    assert "SYNTHETIC" in done.stdout
-    assert "even" in done.stdout
+    assert "SYNTHETIC" in shown
+    assert "even τ" in shown
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("SYNTHETIC") > 5
     assert "break-even" in page
+
+
+@pytest.mark.slow
+def test_a_shape_runs_in_every_precision_with_what_another_run_measured(tmp_path: Path) -> None:
+    measured = ROOT / "docs" / "quick-cpu"
+    methods = "eagle:nodes=16,draft-model,s3d:mode=shared"
+    run, _ = run_shape(tmp_path, "--methods", methods, "--acceptance", f"from:{measured}", "--bits", "32,8,4")
+    assert {row.outcome for row in run.rows} == {"ok"}
+    assert {row.cell.bits for row in run.rows} == {"32", "int8:t6", "nf4"}
+    known = {row.cell.label: row for row in summary(read_run(measured))}
+    for row in run.rows:
+        if row.cell.label in known and row.drawn_acceptance:
+            expected = [depth.probability for depth in known[row.cell.label].acceptance]
+            assert row.drawn_acceptance[:3] == expected[:3]
