@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.gates import METRICS, Change, Gate, Judgement, Status, judge
 from harness.likeness import differences, library_facts, prompt_facts, same_fingerprint, unlike
 from harness.metrics import first_difference
-from harness.results import BASELINE, Run
+from harness.results import BASELINE, Run, refuse_mixture
 from harness.sides import Own, Side
 from harness.stats import (
     Interval,
@@ -67,7 +67,11 @@ def gather(name: str, runs: Sequence[Run]) -> Side:
 
 
 def compare(base: Side, new: Side, gates: Sequence[Gate]) -> Comparison:
-    """Every cell that both sides have, under every gate. Raises UserError where they have none in common."""
+    """Every cell that both sides have, under every gate.
+
+    Raises UserError where they have none in common, or one is synthetic and the other is not.
+    """
+    refuse_mixture(*base.runs, *new.runs)
     shared = [id for id in base.cells if id in new.cells]
     if not shared:
         raise UserError(
@@ -102,7 +106,10 @@ class Context:
         return known == prompt_facts(self.new.runs[0])
 
     def notes(self) -> list[str]:
-        lines = [f"{id} is in BASE only" for id in self.base.cells if id not in self.new.cells]
+        lines = ["SYNTHETIC: random weights, or acceptance that was drawn"] * any(
+            t.synthetic for t in self.base.runs[0].rows
+        )
+        lines += [f"{id} is in BASE only" for id in self.base.cells if id not in self.new.cells]
         lines += [f"{id} is in NEW only" for id in self.new.cells if id not in self.base.cells]
         for side, name in ((self.base, "BASE"), (self.new, "NEW")):
             torn = sum(run.skipped_lines for run in side.runs)

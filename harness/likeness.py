@@ -31,9 +31,12 @@ def task_facts(run: Run) -> Facts:
         "system",
         "raw",
     )
+    # Named only where they were asked for, so that what was written before they existed stays the same task.
+    asked = {name: value for name in ("acceptance", "vram_budget_bytes", "device_map") if (value := getattr(of, name))}
     return {name: getattr(of, name) for name in names} | {
         "raw": of.raw,
         "seed": of.seed if of.temperature > 0 else None,
+        **asked,
     }
 
 
@@ -57,8 +60,6 @@ def unlike(base: Run, new: Run) -> list[str]:
     reasons += differences("the models or settings differ", task_facts(base), task_facts(new))
     reasons += differences("the prompts differ", prompt_facts(base), prompt_facts(new))
     reasons += differences("the schemas differ", {"schema": schemas(base)}, {"schema": schemas(new)})
-    if any(trial.synthetic for run in (base, new) for trial in run.rows):
-        reasons.append("some rows are synthetic, which measure nothing")
     return reasons
 
 

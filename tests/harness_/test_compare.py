@@ -128,7 +128,7 @@ def test_tau_is_exact_on_one_fingerprint_and_as_sure_as_the_prompts_elsewhere() 
         ({"max_new_tokens": 64}, "max_new_tokens 128 and 64"),
         ({"prompt_set_sha256": "f" * 64}, "the prompts differ: prompts 000000000000 and ffffffffffff"),
         ({"schema": 0}, "the schemas differ"),
-        ({"synthetic": True}, "some rows are synthetic"),
+        ({"acceptance": "0.7"}, "the models or settings differ: acceptance unknown and 0.7"),
         ({"host": {}}, "NEW has no manifest.json beside its trials"),
     ],
 )
@@ -148,6 +148,14 @@ def test_unlike_results_are_compared_in_ratios_and_what_is_deterministic_only(
     assert statuses(found, "peak_bytes>+2%") == {"not judged"}
     assert statuses(found, "speedup<-5%") == statuses(found, "tau<-1%") == {"regressed"}
     assert found.exit_status == 1
+
+
+def test_synthetic_results_are_compared_among_themselves_only() -> None:
+    with pytest.raises(UserError, match="never put together"):
+        held_against(measured(), measured(synthetic=True))
+    found = held_against(measured(synthetic=True), measured(synthetic=True))
+    assert any(note.startswith("SYNTHETIC") for note in found.notes)
+    assert not any("SYNTHETIC" in note for note in held_against(measured(), measured()).notes)
 
 
 def test_texts_are_held_equal_only_on_one_fingerprint() -> None:
