@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -315,8 +316,9 @@ def nvml_names(device: torch.device) -> list[str]:
     return [*given, *(own if own.startswith(kind) else f"{kind}{own}" for kind in ("GPU-", "MIG-"))]
 
 
-def rss_bytes() -> int:
-    """The resident set of this process now."""
+@cache
+def program_bytes() -> int:
+    """The resident set of this process when it was first asked, which is before it loads anything."""
     return int(psutil.Process().memory_info().rss)
 
 

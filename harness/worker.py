@@ -248,7 +248,7 @@ def set_up(job: Job, plan: Plan, loaded: LoadedModel | None = None) -> Bench:
     """Load and warm up; `loaded` is the cell's target where the process has it."""
     exact_float32()
     torch.manual_seed(plan.seed)
-    program_bytes = meters.rss_bytes()
+    program_bytes = meters.program_bytes()
     planned = plan.cells[job.cell]
     cell = planned.cell
     if plan.vram_budget_bytes is not None:
