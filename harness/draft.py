@@ -132,7 +132,7 @@ def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:
     for _ in range(longest):
         depth_M = depth_M + (above_M != 0)
         above_M = parents_M[above_M]
-        ancestors_MM[nodes_M, above_M] = True
+        ancestors_MM.scatter_(1, above_M[:, None], True)
     return Shape(parents_M, depth_M, ancestors_MM, longest)
 
 
