@@ -27,7 +27,7 @@ def written(folder: Path, day: int, seconds: float = 0.1, **manifest: Any) -> Pa
     directory = folder / f"run-{day}-{seconds}"
     directory.mkdir()
     trials = [
-        trial(of, committed, each * (1 + 0.001 * (index + day % 3)), round=index)
+        trial(of, committed, each * (1 + 0.001 * (index + day % 3)), round=index, synthetic=True)
         for index in range(2)
         for of, committed, each in ((cell("ar"), [1] * 6, 0.1), (cell("s3d"), [2, 2, 2], seconds))
     ]
