@@ -14,8 +14,8 @@ import msgspec
 
 from harness.draft import Draft
 from harness.sampling import Sampler
-from harness.target import Scores, Target
-from harness.verify import Verdict
+from harness.target import Target
+from harness.verify import Accepted
 from methods.prompt_lookup import PromptLookup, PromptLookupOptions
 
 
@@ -37,7 +37,7 @@ class Burning(PromptLookup):
         self.began = perf_counter()
         return super().propose(tokens)
 
-    def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
+    def settle(self, draft: Draft, accepted: Accepted) -> None:
         assert isinstance(self.options, BurningOptions)
         until = perf_counter() + self.options.share * (perf_counter() - self.began)
         while perf_counter() < until:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from scipy import stats as scipy_stats
 
@@ -18,7 +17,6 @@ from harness.results import BASELINE, Run, Trial
 
 DRIFT, DRIFT_P = 0.03, 0.01
 FEWEST_ROUNDS_FOR_DRIFT = 3
-CLOCK_LOSS = 0.05
 SLOW_FIRST = 1.10
 UNEVEN_STEPS = 1.5
 "p95 over p50 of the baseline's steps"
@@ -31,7 +29,7 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     """In the order in which they matter; `rows` are the run's summary."""
     good = [trial for trial in run.rows if trial.outcome == "ok"]
     baselines = [row for row in rows if row.is_baseline]
-    found = (drift(rows), clocks(good), company(good), uneven(baselines), control(rows))
+    found = (drift(rows), uneven(baselines), control(rows))
     return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
 
 
@@ -50,35 +48,6 @@ def drift(rows: Sequence[Row]) -> Iterator[str]:
                 "last. Speed-ups are paired by round and suffer little; for absolute speeds let the machine reach a "
                 "steady temperature and measure again."
             )
-
-
-def clocks(good: Sequence[Trial]) -> Iterator[str]:
-    """Clocks that fell during trials, where the rows tell: any fields `clock_*_before` and `clock_*_after`."""
-    lost = [1 - after / before for trial in good for before, after in clock_pairs(trial) if before]
-    if lost and statistics.median(lost) > CLOCK_LOSS:
-        yield (
-            f"Clocks fell by {statistics.median(lost):.0%} during the median trial: the device throttled. Improve its "
-            "cooling, lower its power limit or lock its clocks, and measure again."
-        )
-
-
-def clock_pairs(trial: Trial) -> Iterator[tuple[float, float]]:
-    for name in trial.__struct_fields__:
-        if name.startswith("clock_") and name.endswith("_before"):
-            before: Any = getattr(trial, name)
-            after: Any = getattr(trial, name.removesuffix("_before") + "_after", None)
-            if before is not None and after is not None:
-                yield float(before), float(after)
-
-
-def company(good: Sequence[Trial]) -> Iterator[str]:
-    """Other processes on the device during trials, where the rows tell."""
-    seen = sum(bool(getattr(trial, "other_processes", None)) for trial in good)
-    if seen:
-        yield (
-            f"Another process computed on the device during {seen} of {len(good)} trials: their speeds are too low. "
-            "Wait for its end, and measure again."
-        )
 
 
 def uneven(baselines: Sequence[Row]) -> Iterator[str]:

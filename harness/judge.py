@@ -62,6 +62,7 @@ def _score(
         Bits.parse(cell.bits),
         device=cell.device,
         dtype=cell.dtype,
+        device_map=plan.device_map,
         trust_remote_code=plan.trust_remote_code,
     )
     prompts = encoded(plan, loaded, answers, cell.context)

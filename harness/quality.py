@@ -52,8 +52,8 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def changed(plan: Plan) -> list[Cell]:
-    """One runnable cell of every target that is not the base at 32 bits. Random weights are no worse for it."""
-    if plan.model.kind == "shape":
+    """One runnable cell of every target that is not the base at 32 bits."""
+    if plan.model.kind == "shape":  # random weights are as good as any others
         return []
     found: dict[tuple[str, ...], Cell] = {}
     for one in plan.cells:
@@ -97,6 +97,7 @@ def _target(cell: Cell, plan: Plan, sources: dict[str, ModelSource]) -> LoadedMo
         Bits.parse(cell.bits),
         device=cell.device,
         dtype=cell.dtype,
+        device_map=plan.device_map,
         trust_remote_code=plan.trust_remote_code,
     )
 

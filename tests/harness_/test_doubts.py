@@ -74,23 +74,3 @@ def test_a_slow_first_trial_and_a_warm_up_that_did_not_settle() -> None:
 def test_text_that_repeats_itself() -> None:
     (line,) = raised(*quiet(tokens=[7] * 13))
     assert "31% of the tokens of ar in 32 repeat what it wrote before" in line
-
-
-class Clocked(Trial, frozen=True, kw_only=True):
-    """A trial with clocks and company, as rows of a GPU may have them."""
-
-    clock_sm_hertz_before: float | None = None
-    clock_sm_hertz_after: float | None = None
-    other_processes: int | None = None
-
-
-def clocked(after: float, others: int) -> list[Trial]:
-    told = {"clock_sm_hertz_before": 1.98e9, "clock_sm_hertz_after": after, "other_processes": others}
-    return [Clocked(**{name: getattr(one, name) for name in one.__struct_fields__} | told) for one in quiet()]
-
-
-def test_throttled_clocks_and_other_processes_where_rows_tell_of_them() -> None:
-    assert raised(*clocked(1.97e9, 0)) == []
-    slow, crowded = raised(*clocked(1.5e9, 1))
-    assert "Clocks fell by 24% during the median trial" in slow
-    assert "Another process computed on the device during 32 of 32 trials" in crowded

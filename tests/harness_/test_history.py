@@ -22,12 +22,12 @@ from harness.results import append_trial, write_manifest
 HOST = {"cpu": "Some CPU", "threads": 2}
 
 
-def written(folder: Path, day: int, seconds: float = 0.1, *, synthetic: bool = False, **manifest: Any) -> Path:
+def written(folder: Path, day: int, seconds: float = 0.1, **manifest: Any) -> Path:
     """A made-up run of `ar` and `s3d`, of commit 000...day."""
     directory = folder / f"run-{day}-{seconds}"
     directory.mkdir()
     trials = [
-        trial(of, committed, each * (1 + 0.001 * (index + day % 3)), round=index, synthetic=synthetic)
+        trial(of, committed, each * (1 + 0.001 * (index + day % 3)), round=index, synthetic=True)
         for index in range(2)
         for of, committed, each in ((cell("ar"), [1] * 6, 0.1), (cell("s3d"), [2, 2, 2], seconds))
     ]
@@ -68,7 +68,7 @@ def test_series_are_in_the_order_of_time_and_of_one_task_and_machine(tmp_path: P
 
 def test_the_page_marks_a_step_with_its_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "history.sqlite"
-    runs = [str(written(tmp_path, day, 0.1 if day < 8 else 0.12, synthetic=True)) for day in range(14)]
+    runs = [str(written(tmp_path, day, 0.1 if day < 8 else 0.12)) for day in range(14)]
     assert main(["history", "add", *runs[:9], "--file", str(file)]) == 0
     assert main(["history", "show", "--file", str(file)]) == 0
     page = (tmp_path / "history.html").read_text()

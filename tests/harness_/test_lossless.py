@@ -112,7 +112,7 @@ class Planted:
         found = PLANTED(draft, *arguments)
         if self.rounds % self.every == 0:
             wrong = (found.bonus + 1) % 200 + 6
-            found.bonus = torch.where(wrong == found.bonus, wrong + 1, wrong)
+            found.bonus.copy_(torch.where(wrong == found.bonus, wrong + 1, wrong))
         return found
 
 

@@ -81,7 +81,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Instead of processes: what they would have decoded, and rows whose speed-up varies less and less."""
     done: list[tuple[str, int]] = []
 
-    def work(job: Job, plan: Plan, folder: Path, on_event: child.Emit) -> None:
+    def work(batch: list[Job], plan: Plan, folder: Path, on_event: child.Emit) -> None:
+        (job,) = batch
         if not runner.worker.missing(job, plan):
             return
         of = plan.cells[job.cell].cell
