@@ -274,7 +274,8 @@ def _work(jobs: Sequence[Job], plan: Plan, folder: Path, on_event: child.Emit) -
     for job in jobs:
         if (reason := plan.cells[job.cell].unsupported) is not None and (turns := worker.missing(job, plan)):
             worker.fail(job, plan, turns, "unsupported", reason, lambda event: None)
-    while left := [job for job in jobs if worker.missing(job, plan)]:
+    left = [job for job in jobs if worker.missing(job, plan)]
+    while left:
         first = left[0]
         planned = plan.cells[first.cell]
         on_event(worker.started(first, plan))
@@ -284,10 +285,13 @@ def _work(jobs: Sequence[Job], plan: Plan, folder: Path, on_event: child.Emit) -
             path.write_bytes(msgspec.json.encode(job))
         log = folder / f"{name}.log"
         status = child.run("harness.worker", paths, log, on_event, host.worker_environment(planned.cell.device))
-        if status != 0:  # the job that it died in has failed; a new process does the rest
-            outcome, reason = _death(status, log)
-            dead = next(job for job in left if worker.missing(job, plan))
-            worker.fail(dead, plan, worker.missing(dead, plan), outcome, reason, on_event)
+        if status == 0:
+            return
+        # The job that it died in has failed; a new process does the rest.
+        outcome, reason = _death(status, log)
+        place = next((place for place, job in enumerate(left) if worker.missing(job, plan)), len(left) - 1)
+        worker.fail(left[place], plan, worker.missing(left[place], plan), outcome, reason, on_event)
+        left = left[place + 1 :]
 
 
 def _death(status: int, log: Path) -> tuple[Outcome, str]:

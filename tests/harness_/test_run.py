@@ -157,6 +157,23 @@ def test_a_run_goes_on_where_it_stopped(desk: Desk) -> None:
     assert "cell ar" not in done.stderr
 
 
+@pytest.mark.parametrize("isolation", ["cell", "run"])
+def test_rounds_and_cells_may_share_a_process(desk: Desk, isolation: str) -> None:
+    """What dies takes its own round with it, and nothing of the others."""
+    done = launch(
+        desk.folder, isolation, *toy(desk.folder), "--methods", STRANGERS, "--rounds", "2", "--isolation", isolation
+    )
+    assert done.returncode == 0, done.stderr
+    shared = read_run(desk.folder / isolation)
+    assert shared.manifest.isolation == isolation
+    for name in ("ar", *(spec.partition(":")[0] for spec in STRANGERS.split(","))):
+        once = outcomes(desk.run, name)
+        assert outcomes(shared, name) == once + once
+    assert {row.round for row in shared.rows} == {0, 1}
+    texts = [{row.text for row in run.rows if row.outcome == "ok"} for run in (desk.run, shared)]
+    assert texts[0] == texts[1]
+
+
 def test_python_gives_the_same_run(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished run is opened through the API: nothing is left to measure but what was killed."""
     shutil.copytree(desk.folder / "run", desk.folder / "again")
