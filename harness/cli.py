@@ -203,10 +203,28 @@ def list_() -> None:
 
 
 @app.command
-def doctor(*, hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can be reached.")] = False) -> None:
-    """Say what this machine can run, and why not."""
+def doctor(
+    *,
+    hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can be reached.")] = False,
+    bench: Annotated[bool, _flag("Measure bandwidths and the target's forwards instead; kept for later runs.")] = False,
+    model: Annotated[str | None, Parameter(help="With --bench: whose forwards, as for `run`.")] = None,
+    bits: Annotated[str | None, Parameter(help="With --bench: 32, 16, 8 or 4.")] = None,
+    runtime: Annotated[str | None, Parameter(help="With --bench: eager, graph or compile.")] = None,
+    fresh: Annotated[bool, _flag("With --bench: measure again what is known.")] = False,
+) -> None:
+    """Say what this machine can run, and why not; or how fast it is at best."""
     from harness import host, terminal
 
+    if bench:
+        from harness import forwards
+
+        tell = terminal.Telling()
+        terminal.show_bench(
+            *forwards.bench(model, bits, runtime or "eager", fresh=fresh, tell=lambda step: tell.stage(step, None))
+        )
+        return
+    if fresh or any(option is not None for option in (model, bits, runtime)):
+        raise UserError("doctor looks at the machine; --model, --bits, --runtime and --fresh need --bench")
     terminal.show_checks(host.checks(ask_hub=hub))
 
 

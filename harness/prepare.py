@@ -20,7 +20,7 @@ import torch
 from harness import chat, child, dialogue, drafter, meters, method, shapes, smollm2, weights
 from harness.decode import Limits, decode
 from harness.errors import UserError
-from harness.paths import cache_dir
+from harness.paths import cache_dir, write_atomically
 from harness.plan import Merge, Plan
 from harness.sampling import Sampler
 from harness.weights import Bits, LoadedModel, ModelSource
@@ -225,14 +225,6 @@ def merged(
         loaded.tokenizer.save_pretrained(partial)
         partial.rename(directory)
     return ModelSource(f"{base.name} + {merge.method}", str(directory), "local")
-
-
-def write_atomically(path: Path, content: bytes) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return content
 
 
 if __name__ == "__main__":
