@@ -83,6 +83,9 @@ def run(
     acceptance: Annotated[
         str | None, Parameter(help="SYNTHETIC: draw it: 0.7,0.6 by depth, tau:2.5, published:NAME, from:RUN.")
     ] = None,
+    roofline: Annotated[
+        bool | None, _flag("Measure the device's bandwidth first, unless `doctor --bench` has: what share is reached?")
+    ] = None,
     device: Annotated[str | None, Parameter(help="auto, cuda, xpu, mps or cpu.")] = None,
     device_map: Annotated[str | None, Parameter(help="auto or balanced: spread the target over all GPUs.")] = None,
     dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
