@@ -114,6 +114,6 @@ def _terminal_record(row: Row) -> dict[str, str]:
         **{name: told[name] for name in PHASES},
         "steps": told["steps"],
         "τ/steps": NOTHING if explained is None else times(explained),
-        "off": off,
+        "against\nmeasured": off,
         "floor": told["bandwidth floor reached"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB, WINDOW, tiny
 
-from harness import cli, forwards, roofline, weights
+from harness import child, cli, forwards, prepare, roofline, weights
 from harness.results import Roofline
 from harness.target import Target
 from harness.weights import weight_bytes
@@ -79,6 +80,17 @@ def test_reading_buffers_touches_them(monkeypatch: pytest.MonkeyPatch) -> None:
     roofline.measure(CPU)
     _, total, rows = said
     assert float(total) == float(rows.sum()) == 2**20 / 4
+
+
+def test_a_run_knows_what_was_measured_before_and_measures_only_if_asked() -> None:
+    said: list[child.Event] = []
+    plans: list[Any] = [SimpleNamespace(device="cpu", roofline=asked) for asked in (False, True, False)]
+    first, second, third = (prepare.device_at_best(plan, said.append) for plan in plans)
+    assert first is None
+    assert second is not None
+    assert third == second
+    assert said == [child.Preparing("measuring the device's bandwidth")]
+    assert forwards.bench("shape:tiny", "32", "eager", fresh=False, tell=lambda step: None)[0].matrix_flops
 
 
 def test_every_forward_is_measured_once() -> None:
