@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from harness.results import Outcome
+from harness.results import Outcome, Roofline
 from harness.weights import ModelSource
 
 
@@ -29,6 +29,7 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
     sources: dict[str, ModelSource]
     "where the weights of each `Cell.weights` are"
     warnings: tuple[str, ...] = ()
+    roofline: Roofline | None = None
 
 
 class Warned(msgspec.Struct, frozen=True, tag=True):

@@ -83,6 +83,9 @@ def run(
     acceptance: Annotated[
         str | None, Parameter(help="SYNTHETIC: draw it: 0.7,0.6 by depth, tau:2.5, published:NAME, from:RUN.")
     ] = None,
+    roofline: Annotated[
+        bool | None, _flag("Measure the device's bandwidth first, unless `doctor --bench` has: what share is reached?")
+    ] = None,
     device: Annotated[str | None, Parameter(help="auto, cuda, xpu, mps or cpu.")] = None,
     device_map: Annotated[str | None, Parameter(help="auto or balanced: spread the target over all GPUs.")] = None,
     dtype: Annotated[str | None, Parameter(help="What activations are computed in, such as float16.")] = None,
@@ -203,10 +206,28 @@ def list_() -> None:
 
 
 @app.command
-def doctor(*, hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can be reached.")] = False) -> None:
-    """Say what this machine can run, and why not."""
+def doctor(
+    *,
+    hub: Annotated[bool, _flag("Ask whether the Hugging Face hub can be reached.")] = False,
+    bench: Annotated[bool, _flag("Measure bandwidths and the target's forwards instead; kept for later runs.")] = False,
+    model: Annotated[str | None, Parameter(help="With --bench: whose forwards, as for `run`.")] = None,
+    bits: Annotated[str | None, Parameter(help="With --bench: 32, 16, 8 or 4.")] = None,
+    runtime: Annotated[str | None, Parameter(help="With --bench: eager, graph or compile.")] = None,
+    fresh: Annotated[bool, _flag("With --bench: measure again what is known.")] = False,
+) -> None:
+    """Say what this machine can run, and why not; or how fast it is at best."""
     from harness import host, terminal
 
+    if bench:
+        from harness import forwards
+
+        tell = terminal.Telling()
+        terminal.show_bench(
+            *forwards.bench(model, bits, runtime or "eager", fresh=fresh, tell=lambda step: tell.stage(step, None))
+        )
+        return
+    if fresh or any(option is not None for option in (model, bits, runtime)):
+        raise UserError("doctor looks at the machine; --model, --bits, --runtime and --fresh need --bench")
     terminal.show_checks(host.checks(ask_hub=hub))
 
 

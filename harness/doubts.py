@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from scipy import stats as scipy_stats
 
+from harness.decomposition import ADDS_UP
 from harness.intervals import controls
 from harness.metrics import Row
 from harness.results import BASELINE, Run, Trial
@@ -29,8 +30,24 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     """In the order in which they matter; `rows` are the run's summary."""
     good = [trial for trial in run.rows if trial.outcome == "ok"]
     baselines = [row for row in rows if row.is_baseline]
-    found = (drift(rows), uneven(baselines), control(rows))
+    found = (drift(rows), uneven(baselines), control(rows), unaccounted(rows))
     return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
+
+
+def unaccounted(rows: Sequence[Row]) -> Iterator[str]:
+    """Rounds whose phases do not add up to the measured time."""
+    shares = {
+        row.cell.label: sum(cost.phase_seconds.values()) / cost.measured_seconds
+        for row in rows
+        if (cost := row.round_cost) is not None and not cost.adds_up
+    }
+    if shares:
+        label, share = max(shares.items(), key=lambda named: abs(named[1] - 1))
+        yield (
+            f"What rounds do adds up to {share:.0%} of the measured time for {label}, and not within {ADDS_UP:.0%} for "
+            f"{len(shares)} of {len(rows)} cells: do not rely on where their time went, and measure again on an idle "
+            "machine."
+        )
 
 
 def drift(rows: Sequence[Row]) -> Iterator[str]:

@@ -15,8 +15,9 @@ import msgspec
 import pandas as pd
 
 from harness.acceptance import constant_chance
+from harness.decomposition import RoundCost, floor_share, round_cost
 from harness.memory import Attribution, attribute
-from harness.results import BASELINE, Cell, Memory, Run, Trial, refuse_mixture
+from harness.results import BASELINE, Cell, Memory, Roofline, Run, Trial, refuse_mixture
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
 
 GIB = 2**30
@@ -179,6 +180,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     "tokens per round at which this cell would be as fast as its baseline: a round's time in baseline steps"
     break_even_chance: float | None = None
     "the acceptance, the same at every depth that it drafts, which gives that; None where none is enough"
+    round_cost: RoundCost | None = None
+    "where a round's time goes, and how that explains the speed-up"
+    floor_share: float | None = None
+    "of the speed that the device's read bandwidth allows a baseline step, what this cell's verify passes reach"
     host_syncs_per_pass: float | None
     joules_per_token: float | None
     verdict: Verdict
@@ -228,7 +233,18 @@ def summary(run: Run) -> list[Row]:
     baselines = _baselines(measured)
     judged: Margins = {one.key: one.margin for one in run.judged}
     rows = [_row(one, baselines.get(one.cell.target), run.manifest.temperature, judged) for one in measured]
-    return _ranked(_with_32_bits(rows))
+    explained = [
+        _explained(row, one, baselines.get(one.cell.target), run.manifest.roofline)
+        for row, one in zip(rows, measured, strict=True)
+    ]
+    return _ranked(_with_32_bits(explained))
+
+
+def _explained(row: Row, own: Measured, base: Measured | None, device: Roofline | None) -> Row:
+    """The row with where its time went."""
+    speedup = None if row.speedup is None else row.speedup.value
+    cost = round_cost(own.ok, base.ok if base else (), speedup)
+    return msgspec.structs.replace(row, round_cost=cost, floor_share=floor_share(own.ok, device))
 
 
 def _measured(run: Run) -> list[Measured]:

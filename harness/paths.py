@@ -28,3 +28,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, 
     partial = path.with_suffix(".partial")
     save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
     partial.replace(path)
+
+
+def write_atomically(path: Path, content: bytes) -> bytes:
+    """Write a file, and the folders above it where they are missing; the content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return content

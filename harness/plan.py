@@ -64,6 +64,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     "spread the target over all GPUs, as accelerate does"
     vram_budget: str | int | None = None
     "cap what each cell may allocate: `8GiB`"
+    roofline: bool = False
+    "measure the device's bandwidths before the first cell"
     device: str = "auto"
     dtype: str | None = None
     system: str | None = None
@@ -126,6 +128,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     "where drawn acceptance comes from, as the user wrote it"
     vram_budget_bytes: int | None = None
     device_map: str | None = None
+    roofline: bool = False
+    "measure the device's bandwidths in the prepare step"
 
     @property
     def synthetic(self) -> bool:
@@ -374,6 +378,7 @@ def plan(
         acceptance=None if drawn is None else drawn.said,
         vram_budget_bytes=None if request.vram_budget is None else _budget(request.vram_budget, device),
         device_map=request.device_map,
+        roofline=request.roofline,
         precision=request.precision or AUTO_PRECISION if automatic else None,
         time_budget_seconds=seconds(request.time_budget) if automatic else None,
     )

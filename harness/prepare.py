@@ -17,11 +17,12 @@ import msgspec
 import psutil
 import torch
 
-from harness import chat, child, dialogue, drafter, meters, method, shapes, smollm2, weights
+from harness import chat, child, dialogue, drafter, meters, method, roofline, shapes, smollm2, weights
 from harness.decode import Limits, decode
 from harness.errors import UserError
-from harness.paths import cache_dir
+from harness.paths import cache_dir, write_atomically
 from harness.plan import Merge, Plan
+from harness.results import Roofline
 from harness.sampling import Sampler
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import encoded, exact_float32, seat
@@ -42,10 +43,11 @@ def main() -> int:
 def prepare(directory: Path, emit: child.Emit) -> None:
     """Write `first_answers.json` into the run and tell the parent what the workers need."""
     plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)
+    device = device_at_best(plan, emit)
     if plan.model.kind == "default":
         smollm2.ensure(in_tenths(emit))
     if plan.model.kind == "shape":
-        emit(prepare_shape(plan, directory, emit))
+        emit(msgspec.structs.replace(prepare_shape(plan, directory, emit), roofline=device))
         return
     emit(child.Preparing(f"loading {plan.model.name}"))
     exact_float32()
@@ -65,6 +67,7 @@ def prepare(directory: Path, emit: child.Emit) -> None:
             first_answers_sha256=hashlib.sha256(kept).hexdigest() if later else None,
             sources={"base": plan.model} | sources,
             warnings=(*foreign_drafters(plan, loaded.sha256), *company(plan.device)),
+            roofline=device,
         )
     )
 
@@ -90,6 +93,16 @@ def prepare_shape(plan: Plan, directory: Path, emit: child.Emit) -> child.Prepar
         sources=dict.fromkeys(("base", *merges), plan.model),
         warnings=tuple(company(plan.device)),
     )
+
+
+def device_at_best(plan: Plan, emit: child.Emit) -> Roofline | None:
+    """What the device does at best: as it was measured once, or now where the user wants that; else None."""
+    device = torch.device(plan.device)
+    known = roofline.known(device)
+    if known is None and plan.roofline:
+        emit(child.Preparing("measuring the device's bandwidth"))
+        known = roofline.keep(device, roofline.measure(device))
+    return known
 
 
 def in_tenths(emit: child.Emit) -> smollm2.Progress:
@@ -225,14 +238,6 @@ def merged(
         loaded.tokenizer.save_pretrained(partial)
         partial.rename(directory)
     return ModelSource(f"{base.name} + {merge.method}", str(directory), "local")
-
-
-def write_atomically(path: Path, content: bytes) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return content
 
 
 if __name__ == "__main__":

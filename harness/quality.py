@@ -18,9 +18,9 @@ import msgspec
 import torch
 
 from harness import child, weights
-from harness.paths import cache_dir
+from harness.paths import cache_dir, write_atomically
 from harness.plan import Plan
-from harness.prepare import load_precisely, write_atomically
+from harness.prepare import load_precisely
 from harness.results import Cell, Quality, read_run, write_manifest
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import diagnose, exact_float32

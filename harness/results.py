@@ -157,6 +157,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     "graphs captured, or layers compiled, in this process so far; none of them while this trial was measured"
     capture_seconds: float | None = None
     "what those took, warm-up runs included"
+    pass_bytes: int | None = None
+    """what one pass of plain decoding has to read at this text's middle: weights (the input embedding only where it is
+    the output head too), and the keys and values so far"""
     host_syncs: int | None = None
     "device-to-host copies of the decode loop: one a round, and one per adaptive draft step"
     memory: Memory | None = None
@@ -207,6 +210,22 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     "share of positions where both put the same token first"
 
 
+class Roofline(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device did at best, measured."""
+
+    device_name: str
+    device_uuid: str | None = None
+    torch: str
+    measured: str
+    "ISO 8601, UTC"
+    buffer_bytes: int
+    copy_bytes_per_second: float
+    "read and written together"
+    read_bytes_per_second: float
+    matrix_flops: dict[str, float] = {}
+    "operations a second of a square matrix product, by dtype"
+
+
 class Manifest(msgspec.Struct, kw_only=True):
     """What was planned, where it ran, and how. Everything a reader needs to judge or repeat the run."""
 
@@ -250,6 +269,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     training: list[Training] = []
     quality: list[Quality] = []
     "of every target that is not the base weights at 32 bits"
+    roofline: Roofline | None = None
+    "of the device that the cells run on, where it is known"
     warnings: list[str] = []
     "sentences: what keeps the figures from saying more, or from being trusted"
 

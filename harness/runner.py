@@ -236,6 +236,7 @@ def _record(directory: Path, manifest: Manifest, prepared: child.Prepared, warni
         if before not in (None, now):
             raise UserError(f"{directory} holds another run ({name} was {before}, now {now}): give another --out")
         setattr(manifest, name, now)
+    manifest.roofline = manifest.roofline or prepared.roofline
     manifest.warnings = list(dict.fromkeys((*manifest.warnings, *warnings)))
     write_manifest(directory, manifest)
 

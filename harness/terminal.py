@@ -21,10 +21,11 @@ from rich.text import Text
 from harness import child
 
 if TYPE_CHECKING:
+    from harness.forwards import Forwards
     from harness.host import Check
     from harness.method import Method
     from harness.plan import Plan
-    from harness.results import Run
+    from harness.results import Roofline, Run
     from harness.train.loop import Report
 
 PRELIMINARY = (
@@ -276,3 +277,40 @@ def show_checks(checks: Sequence[Check]) -> None:
         console.print(f"\nNot ready: see {', '.join(wanting)}.", style="red")
     else:
         console.print("\nReady: `python -m harness run` measures the default model here.", style="green")
+
+
+def show_bench(device: Roofline, forwards: Forwards) -> None:
+    """What the device does at best, and what share of that the target's forwards reach."""
+    from harness.forwards import BATCH
+
+    console = Console(highlight=False, soft_wrap=True)
+    speeds = [f"copy {device.copy_bytes_per_second / 1e9:,.1f} GB/s", f"read {device.read_bytes_per_second / 1e9:,.1f}"]
+    speeds += [f"{name} matrices {flops / 1e12:,.2f} TFLOP/s" for name, flops in device.matrix_flops.items()]
+    console.print(Text(f"{device.device_name}: {', '.join(speeds)}", "bold"))
+    console.print(Text(f"  buffers of {device.buffer_bytes / 2**20:.0f} MiB, measured {device.measured}", "dim"))
+    console.print(Text(f"{forwards.model} in {forwards.bits}, {forwards.dtype}, {forwards.runtime}", "bold"))
+    read = forwards.weights_read + forwards.context_read
+    console.print(
+        Text(
+            f"  one token after {forwards.context} reads {read / 2**30:.3f} GiB: "
+            f"{forwards.floor_seconds(1, device) * 1000:.3f} ms at best"
+        )
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("", "forward", "ms", "relative", "of the floor", "tok/s"):
+        table.add_column(header, justify="left" if header == "forward" else "right", no_wrap=True)
+    for kind, times in forwards.times.items():
+        for size, seconds in times.items():
+            relative = f"{seconds / times[1]:.2f}" if 1 in times else ""
+            floor = forwards.floor_seconds(size if kind == BATCH else 1, device)
+            table.add_row(
+                *(str(size), kind, f"{seconds * 1000:.3f}", relative, f"{floor / seconds:.0%}"),
+                f"{size / seconds:,.0f}",
+            )
+    console.print(table, soft_wrap=False)
+    for line in forwards.left_out:
+        console.print(Text(f"left out: {line}", "yellow"))
+    if any("time" in line for line in forwards.left_out):
+        console.print("The same command goes on with what was left out.")
+    if forwards.runtime == "compile":
+        console.print("Batches run uncompiled layers: compiled ones take one sequence.")

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import torch
 
-from harness import chat, child, dialogue, meters, method, shapes, weights
+from harness import chat, child, dialogue, meters, method, roofline, shapes, weights
 from harness import runtime as runtimes
 from harness.decode import Limits, decode
 from harness.drawn import DrawnVerdicts
@@ -203,6 +203,9 @@ class Bench:
             "phase_seconds": clock.seconds(),
             "captures": runtime.captures,
             "capture_seconds": runtime.capture_seconds,
+            "pass_bytes": roofline.pass_bytes(
+                self.target, self.loaded.weight_bytes, len(prompt) + len(new_tokens) // 2
+            ),
             "host_syncs": sum(step.host_syncs for step in steps),
             "memory": memory,
             "energy_joules": reading.energy_joules,

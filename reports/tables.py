@@ -121,7 +121,10 @@ class ByTarget:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
 
+        from reports import rounds
+
         yield from (_terminal_table(target, group, options.max_width) for target, group in grouped(self.rows))
+        yield from rounds.rich_tables(self.rows)
         yield from map(Text, failures(self.rows))
 
 

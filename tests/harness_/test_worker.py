@@ -117,7 +117,9 @@ def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:
         assert len(trial.round_seconds) == len(trial.drafted or ()) == len(trial.accepted or ()) == trial.host_syncs
         assert "".join(trial.token_texts) == trial.text
         assert len(trial.token_texts) == len(trial.new_tokens) <= NEW_TOKENS
+        assert set(trial.phase_seconds or ()) == {"draft", "verify", "accept", "commit", "host"}
         assert trial.memory is not None
+        assert 0 < (trial.pass_bytes or 0) < (trial.memory.weights_bytes or 0) + (trial.memory.cache_bytes or 0)
         assert trial.memory.peak_rss_bytes is not None
         assert trial.memory.peak_allocated_bytes is None
         told = attribute(trial.memory)
