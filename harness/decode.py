@@ -84,6 +84,7 @@ def decode(
     clock.mark(None)
     while not limits.reached(new_tokens):
         target.begin(tokens[-1])
+        clock.mark("host")
         draft = method.propose(tokens)
         clock.mark("draft")
         scores = target.score(draft)
