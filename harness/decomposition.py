@@ -37,8 +37,13 @@ class RoundCost(msgspec.Struct, frozen=True, kw_only=True):
         return self.measured_seconds - sum(self.phase_seconds.values())
 
     @property
+    def attributed_share(self) -> float:
+        """Of the measured time, what the phases account for."""
+        return sum(self.phase_seconds.values()) / self.measured_seconds
+
+    @property
     def adds_up(self) -> bool:
-        return abs(self.unattributed_seconds) <= ADDS_UP * self.measured_seconds
+        return abs(self.attributed_share - 1) <= ADDS_UP
 
     @property
     def steps(self) -> float | None:

@@ -34,22 +34,6 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
 
 
-def unaccounted(rows: Sequence[Row]) -> Iterator[str]:
-    """Rounds whose phases do not add up to the measured time."""
-    shares = {
-        row.cell.label: sum(cost.phase_seconds.values()) / cost.measured_seconds
-        for row in rows
-        if (cost := row.round_cost) is not None and not cost.adds_up
-    }
-    if shares:
-        label, share = max(shares.items(), key=lambda named: abs(named[1] - 1))
-        yield (
-            f"What rounds do adds up to {share:.0%} of the measured time for {label}, and not within {ADDS_UP:.0%} for "
-            f"{len(shares)} of {len(rows)} cells: do not rely on where their time went, and measure again on an idle "
-            "machine."
-        )
-
-
 def drift(rows: Sequence[Row]) -> Iterator[str]:
     """A trend of the baselines' speed over rounds."""
     for control in controls(rows):
@@ -92,6 +76,19 @@ def control(rows: Sequence[Row]) -> Iterator[str]:
                 f"Rounds of {label} differ by up to {one.spread:.0%} in speed: too noisy to rank methods that are "
                 "closer. Close other programs, or add rounds."
             )
+
+
+def unaccounted(rows: Sequence[Row]) -> Iterator[str]:
+    """Rounds whose phases do not add up to the measured time."""
+    told = [(row.cell.label, row.round_cost) for row in rows if row.round_cost is not None]
+    shares = [(cost.attributed_share, label) for label, cost in told if not cost.adds_up]
+    if shares:
+        share, label = max(shares, key=lambda each: abs(each[0] - 1))
+        yield (
+            f"What rounds do adds up to {share:.0%} of the measured time for {label}, and not to within {ADDS_UP:.0%} "
+            f"for {len(shares)} of {len(told)} cells: do not rely on where their time went, and measure again on an "
+            "idle machine."
+        )
 
 
 def first_trials(good: Sequence[Trial]) -> Iterator[str]:

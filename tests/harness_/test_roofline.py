@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench
 import msgspec
 import pytest
 import torch
 from tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB, WINDOW, tiny
 
-from harness import child, cli, forwards, prepare, roofline, weights
+from harness import child, cli, forwards, prepare, roofline, runtime, weights
 from harness.results import Roofline
 from harness.target import Target
 from harness.weights import weight_bytes
@@ -106,6 +107,14 @@ def test_every_forward_is_measured_once() -> None:
     assert again[1].times == known.times
     assert not any("measuring" in line for line in said)
     assert forwards.bench("shape:tiny", "32", "eager", fresh=True, tell=said.append)[1].times != known.times
+
+
+def test_a_capturing_runtime_holds_scores_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = bench.Rehearsal()
+    monkeypatch.setattr(runtime, "make", lambda name, device: rehearsal)
+    loaded = weights.load(weights.resolve("shape:tiny"), weights.Bits(32), device="cpu")
+    found = forwards.measure(loaded, "graph", None, lambda step: None)
+    assert len(found.score_seconds) + len(found.batch_seconds) == len(forwards.ORDER) == rehearsal.captures
 
 
 def test_what_time_did_not_allow_is_measured_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
