@@ -66,7 +66,7 @@ def _score(
         trust_remote_code=plan.trust_remote_code,
     )
     prompts = encoded(plan, loaded, answers, cell.context)
-    scale = Float64(loaded.model)
+    scale = Float64(loaded.model.double())  # in place: nobody else needs it, and two may not fit
     for one in partings:
         at, margin = one.position, None
         if at < min(len(one.text), len(one.expected)):

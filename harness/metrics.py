@@ -157,7 +157,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     "the same ratio, for prompts like these"
     speedup_by_category: tuple[CategorySpeedup, ...] = ()
     rank: int | None = None
-    "place among the cells of the same target; cells whose intervals overlap share it; None without an interval"
+    "best place among the cells of the same target that the intervals leave open; None without an interval"
+    rank_last: int | None = None
+    "the last place that the intervals leave open: 2 beside a rank of 1 where one other cell overlaps"
     tau: float | None
     tau_prompt_mean: float | None
     tau_without_repeats: float | None
@@ -187,6 +189,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     host_syncs_per_pass: float | None
     joules_per_token: float | None
     verdict: Verdict
+
+    @property
+    def places(self) -> str:
+        """`1`, or `1-2` where intervals overlap; nothing without an interval."""
+        if self.rank is None or self.rank_last is None:
+            return ""
+        return str(self.rank) if self.rank == self.rank_last else f"{self.rank}-{self.rank_last}"
 
     @property
     def is_baseline(self) -> bool:
@@ -545,7 +554,7 @@ def sides_by(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
 
 
 def _ranked(rows: list[Row]) -> list[Row]:
-    """Rank 1 + the number of cells of the same target whose interval lies wholly above; the baseline is exactly 1."""
+    """The places that intervals leave open among the cells of the same target; the baseline is exactly 1."""
 
     def ends(row: Row) -> tuple[float, float] | None:
         if row.is_baseline and row.trials_ok:
@@ -554,14 +563,17 @@ def _ranked(rows: list[Row]) -> list[Row]:
             return None
         return (row.speedup.low, row.speedup.high)
 
-    def rank(row: Row) -> int | None:
+    def placed(row: Row) -> Row:
         own = ends(row)
-        rivals = [ends(other) for other in rows if other.cell.target == row.cell.target and other is not row]
-        if own is None or not any(rivals):
-            return None
-        return 1 + sum(rival[0] > own[1] for rival in rivals if rival)
+        others = [ends(other) for other in rows if other.cell.target == row.cell.target and other is not row]
+        rivals = [rival for rival in others if rival]
+        if own is None or not rivals:
+            return row
+        best = 1 + sum(rival[0] > own[1] for rival in rivals)
+        worst = 1 + len(rivals) - sum(rival[1] < own[0] for rival in rivals)
+        return msgspec.structs.replace(row, rank=best, rank_last=worst)
 
-    return [msgspec.structs.replace(row, rank=rank(row)) for row in rows]
+    return [placed(row) for row in rows]
 
 
 _TEXT = (

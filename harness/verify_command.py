@@ -30,6 +30,8 @@ from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import exact_float32, seat
 from prompts import Prompt, load
 
+WIDE_COLUMNS = 100
+"of a terminal that has room for acceptance by depth"
 CHUNK = 8
 "tokens that the control scores at a time"
 
@@ -387,19 +389,23 @@ def show(
     """Print what was found; the exit status, 1 where a method diverged."""
     console = Console(highlight=False, markup=False)
     title = f"{heading.model}, {heading.bits} bits, {heading.max_new_tokens} new tokens, against {heading.reference}"
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(pad_edge=False, box=None)
     table.add_column("method", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", min_width=12)
     for header in ("turns", "tokens", "identical", "near-tie", "DIVERGED", "tau"):
-        table.add_column(header, justify="right")
-    table.add_column("accepted by depth", overflow="fold")
+        table.add_column(header, justify="right", no_wrap=True)
+    wide = console.width >= WIDE_COLUMNS
+    if wide:
+        table.add_column("accepted by depth", overflow="fold")
     rows = lossless.summary(findings, heading.bits, controls)
     for row in rows:
         label = row.method if row.weights == "base" else f"{row.method} ({row.weights})"
         counts = [str(row.outcomes.get(outcome, 0)) for outcome in ("identical", "near-tie", "DIVERGED")]
         tau = "" if row.tau is None else f"{row.tau:.2f}"
         shares = " ".join(f"{share:.2f}" for share in row.acceptance)
-        table.add_row(*map(Text, (label, row.verdict, str(row.turns), str(row.tokens), *counts, tau, shares)))
+        cells = (label, row.verdict, str(row.turns), str(row.tokens), *counts, tau)
+        table.add_row(*map(Text, (*cells, shares) if wide else cells))
+    console.print(title, soft_wrap=True)
     console.print(table)
     parted = [finding for finding in findings if finding.outcome != "identical"]
     for finding in parted:

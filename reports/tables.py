@@ -135,7 +135,8 @@ def _terminal_table(target: str, group: Sequence[Row], width: int) -> Table:
     mark = " SYNTHETIC" * any(row.synthetic for row in group)
     shown = Table(title=f"\n{target}{mark}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     records = [_terminal_record(row) for row in group]
-    dropped = () if width >= WIDE_COLUMNS else ("accepted\nby depth", "peak\nGiB")
+    dropped = [] if width >= WIDE_COLUMNS else ["accepted\nby depth", "peak\nGiB"]
+    dropped += [] if any(row.places for row in group) else ["rank"]
     headers = [header for header in records[0] if header not in dropped]
     longest = max(len(each["method"]) for each in records)
     shown.add_column("method", overflow="fold", min_width=min(longest, 20))
@@ -155,6 +156,7 @@ def _terminal_record(row: Row) -> dict[str, str]:
         "tok/s": number(row.decode_tokens_per_second, 1),
         "speed-up": f"{times(row.speedup.value)} {word}" if row.speedup else NOTHING,
         "95 %": span(row.speedup).strip("()").replace(" to ", "-"),
+        "rank": row.places,
         "τ": number(row.tau, 2),
         **({"break-\neven τ": number(row.break_even_tau, 2)} if row.synthetic else {}),
         "accepted\nby depth": acceptance(row, depths=3).replace("0.", "."),
