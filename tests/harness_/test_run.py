@@ -161,10 +161,18 @@ def test_a_run_goes_on_where_it_stopped(desk: Desk) -> None:
 def test_rounds_and_cells_may_share_a_process(desk: Desk, isolation: str) -> None:
     """What dies takes its own round with it, and nothing of the others."""
     done = launch(
-        desk.folder, isolation, *toy(desk.folder), "--methods", STRANGERS, "--rounds", "2", "--isolation", isolation
+        desk.folder,
+        f"by-{isolation}",
+        *toy(desk.folder),
+        "--methods",
+        STRANGERS,
+        "--rounds",
+        "2",
+        "--isolation",
+        isolation,
     )
     assert done.returncode == 0, done.stderr
-    shared = read_run(desk.folder / isolation)
+    shared = read_run(desk.folder / f"by-{isolation}")
     assert shared.manifest.isolation == isolation
     for name in ("ar", *(spec.partition(":")[0] for spec in STRANGERS.split(","))):
         once = outcomes(desk.run, name)
