@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chromium
+import msgspec
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from factory import cell, failed, run, trial
@@ -201,10 +203,26 @@ def test_in_the_dark_nothing_is_drawn_for_the_light(page: Page) -> None:
 def test_axe_finds_nothing_serious(page: Page, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
-    found = Axe().run(page).response["violations"]
-    assert [
-        (each["id"], each["nodes"][0]["html"][:90]) for each in found if each["impact"] in ("serious", "critical")
-    ] == []
+    assert serious(page) == []
+
+
+def test_several_runs_share_a_page_that_shuts_nobody_out(browser: Browser, tmp_path: Path) -> None:
+    one = full_run()
+    other = Run(one.directory, msgspec.structs.replace(one.manifest, model="larger"), one.rows, 0)
+    with browser.new_context() as context:
+        opened = context.new_page()
+        opened.goto(write([one, other], tmp_path / "page.html").as_uri())
+        assert opened.get_by_text("NOT COMPARABLE").is_visible()
+        opened.locator("#r1-table thead button").first.click()
+        assert opened.locator("#r0-table [aria-sort]").count() == 0, "each run's table is sorted by itself"
+        assert opened.locator("#r1-table [aria-sort]").count() == 1
+        assert serious(opened) == []
+
+
+def serious(page: Page) -> list[tuple[str, str]]:
+    """What axe finds that shuts somebody out, with a place each."""
+    found = [each for each in Axe().run(page).response["violations"] if each["impact"] in ("serious", "critical")]
+    return [(each["id"], each["nodes"][0]["html"][:90]) for each in found]
 
 
 def test_it_prints_on_light_paper_without_what_only_a_screen_can_do(page: Page) -> None:
