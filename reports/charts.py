@@ -32,6 +32,10 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 AS_RATIO = f"datum.label + '{TIMES}'"
 PANELS_PER_LINE = 5
 BAR_PX = 24
+WIDEST = 2.5
+"an interval that is wider leaves the chart: a few rounds can give any width"
+NEGLIGIBLE = 0.002
+"share of a bar that nobody could see"
 RATIO_TICKS = [0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
 
 
@@ -62,11 +66,11 @@ def tau(rows: Sequence[Row]) -> Layered | None:
     data = _placed(placed, rows, [row.tau for row in placed], [row.speedup.value for row in placed if row.speedup])
     data["low"] = [row.speedup.low for row in placed if row.speedup]
     data["high"] = [row.speedup.high for row in placed if row.speedup]
-    least, most = float(data[["y", "low"]].min().min()), float(data[["y", "high"]].max().max())
+    least, most = _reach(data, "y")
     (x0, x1), (y0, y1) = (0.95, float(data.x.max()) * 1.08 + 0.05), (min(0.9, least) * 0.8, max(1.3, most) * 1.12)
     x = alt.X("x:Q", title="τ, tokens per pass", axis=alt.Axis(tickCount=8, grid=False), scale=_exactly(x0, x1))
     ticks = alt.Axis(tickCount=7, labelExpr=AS_RATIO, grid=False)
-    y = alt.Y("y:Q", title="speed-up", axis=ticks, scale=_exactly(y0, y1))
+    y, low = (alt.Y(f"{end}:Q", title="speed-up", axis=ticks, scale=_exactly(y0, y1)) for end in ("y", "low"))
     costs = sorted({1.0, *_nice_costs([row.break_even_tau for row in placed])})
     ends = [
         {"ray": cost, "x": at, "y": at / cost, "end": end, "name": f"a pass costs {cost:g}{TIMES}"}
@@ -79,10 +83,20 @@ def tau(rows: Sequence[Row]) -> Layered | None:
         even.mark_rule(color=INK, strokeWidth=1.2).encode(y=y),
         even.mark_text(color=INK, align="left", dx=6, dy=12, fontSize=11).encode(x=x, y=y, text="name:N"),
         alt.Chart(data[data.low.notna()])
-        .mark_rule(strokeWidth=1.4, opacity=0.6)
-        .encode(x=x, y=alt.Y("low:Q", title="speed-up", axis=ticks), y2="high:Q", color=_color(rows)),
+        .mark_rule(strokeWidth=1.4, opacity=0.6, clip=True)
+        .encode(x=x, y=low, y2="high:Q", color=_color(rows)),
     ]
     return _cloud(data, x, y, _rays(pd.DataFrame(ends), x, y), marks, rows, (980, 380), (x0, x1), (y0, y1))
+
+
+def _reach(data: pd.DataFrame, value: str) -> tuple[float, float]:
+    """How far an axis reaches: to the ends of the intervals, but not beyond `WIDEST` times the values."""
+    low, high = float(data[value].min()), float(data[value].max())
+    ends = data[["low", "high"]].astype(float)
+    least, most = float(ends.low.min()), float(ends.high.max())
+    if math.isnan(least):
+        return low, high
+    return max(min(low, least), low / WIDEST), min(max(high, most), high * WIDEST)
 
 
 def _exactly(low: float, high: float) -> alt.Scale:
@@ -219,7 +233,7 @@ def categories(rows: Sequence[Row]) -> Layered | None:
     lane = alt.YOffset("lane:O", scale=alt.Scale(domain=list(range(lanes)), paddingOuter=0.6))
     middle, low = (_ratio_axis(name, data[["speedup", "low", "high"]]) for name in ("speedup", "low"))
     base, color = alt.Chart(data), _color(rows)
-    whole = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5)
+    whole = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, clip=True)
     points = base.mark_point(filled=True, size=40, opacity=1)
     layers = alt.layer(
         base.transform_aggregate(n="count()", groupby=["method"]).mark_rule(color=INK).encode(x=alt.XDatum(1)),
@@ -231,8 +245,8 @@ def categories(rows: Sequence[Row]) -> Layered | None:
 
 def _ratio_axis(name: str, values: pd.DataFrame) -> alt.X:
     """Speed-ups on a logarithmic scale around 1."""
-    ends = values.astype(float)
-    low, high = min(float(ends.min().min()), 0.9) * 0.95, max(float(ends.max().max()), 1.1) * 1.05
+    least, most = _reach(values, "speedup")
+    low, high = min(least, 0.9) * 0.95, max(most, 1.1) * 1.05
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     axis = alt.Axis(values=RATIO_TICKS, format="~g", labelExpr=AS_RATIO, gridColor=GRID)
     return alt.X(f"{name}:Q", title=None, scale=scale, axis=axis)
@@ -285,8 +299,10 @@ def stack(bars: Mapping[str, Parts], title: str) -> Layered | None:
 
 
 def part_names(bars: Mapping[str, Parts]) -> list[str]:
-    """All parts that some bar has, in the order of the first bar that has them."""
-    return list(dict.fromkeys(name for parts in bars.values() for name, amount in parts.items() if amount))
+    """All parts that can be seen in some bar, in their own order."""
+    names = dict.fromkeys(name for parts in bars.values() for name in parts)
+    wholes = [(parts, sum(parts.values())) for parts in bars.values()]
+    return [name for name in names if any(parts.get(name, 0.0) > NEGLIGIBLE * whole for parts, whole in wholes)]
 
 
 def training(training: Sequence[Training], rows: Sequence[Row]) -> Layered | None:

@@ -191,8 +191,8 @@ def figures(run: Run, rows: Sequence[Row], good: parts.Good, name: str) -> dict[
     return {kind: figure(kind, *each) for kind, each in drawn.items()} | {
         "legend": legend(charts.targets(rows), draw.GLYPHS),
         "phase_bars": bars["phases"],
+        "phase_names": list(dict.fromkeys(name for each in bars["phases"].values() for name in each)),
         "phase_legend": legend(charts.part_names(bars["phases"]), squares),
-        "memory_bars": bars["memory"],
         "memory_legend": legend(charts.part_names(bars["memory"]), squares),
     }
 
@@ -228,11 +228,13 @@ def _filters(run: Run, rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _strips(intervals: Sequence[Interval]) -> Callable[[Interval], Strip]:
+    values = [each.value for each in intervals]
+    least, most = min([0.8, *values]) / charts.WIDEST, max([1.25, *values]) * charts.WIDEST
     ends = [end for each in intervals for end in (each.value, each.low, each.high) if end]
-    low, high = math.log(min([0.8, *ends])), math.log(max([1.25, *ends]))
+    low, high = math.log(max(min([0.8, *ends]), least)), math.log(min(max([1.25, *ends]), most))
 
     def at(value: float) -> float:
-        return round(100 * (math.log(value) - low) / (high - low), 1)
+        return min(max(round(100 * (math.log(value) - low) / (high - low), 1), 0.0), 100.0)
 
     def strip(interval: Interval) -> Strip:
         left, right = at(interval.low or interval.value), at(interval.high or interval.value)

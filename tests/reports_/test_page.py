@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.metrics import GIB, summary
 from harness.results import Memory, Run, Training, Trial
 from harness.stats import PROMPTS_LIKE_THESE
-from reports import parts, tables, texts
+from reports import charts, draw, parts, tables, texts
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
 from reports.texts import token_view
@@ -378,6 +378,32 @@ def test_a_run_that_took_nothing_apart_has_no_section_for_it() -> None:
     bare = [msgspec.structs.replace(each, phase_seconds=None, memory=None) for each in method_run().rows]
     headings = Page(render([run(*bare)])).headings
     assert not {"Where a pass's time goes", "Memory by its parts"} & set(headings)
+
+
+def test_an_interval_that_says_nothing_does_not_flatten_the_charts() -> None:
+    """Two rounds that contradict each other give ends at thousands of times the value."""
+    paces = {"ar": (0.1, 0.2), "s3d": (0.2, 0.1)}
+    of = run(*(trial(cell(name), [1] * 4, paces[name][index], round=index) for index in (0, 1) for name in paces))
+    (_, row) = summary(of)
+    assert row.speedup is not None
+    assert row.speedup.high is not None
+    assert row.speedup.high > 1000
+    chart = charts.tau([row])
+    assert chart is not None
+    domains = [
+        layer["encoding"]["y"]["scale"]["domain"] for layer in draw.spec(chart)["layer"] if "y" in layer["encoding"]
+    ]
+    assert max(top for _, top in domains) < 5
+    strips = [attrs for tag, attrs in Page(render([of])).tags if tag == "rect" and attrs.get("class") == "bar"]
+    assert [(attrs["x"], attrs["width"]) for attrs in strips] == [("0.0%", "100.0%")]
+
+
+def test_parts_keep_their_order_and_lose_what_nobody_sees() -> None:
+    bars = {
+        "ar": {"weights": 2.0, "drafter": 0.0, "KV cache": 1.0},
+        "s3d": {"weights": 2.0, "drafter": 1.0, "dust": 1e-4},
+    }
+    assert charts.part_names(bars) == ["weights", "drafter", "KV cache"]
 
 
 def test_the_pareto_front_is_what_nothing_beats_in_speed_and_memory() -> None:
