@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness.metrics import Row, trial_frame
 from harness.results import Run
-from reports import draw, page, parts, tables, told, words
+from reports import draw, page, rounds, tables, told, words
 
 NO_PARQUET = "no Parquet: it needs pyarrow; `pip install 'spec-harness[parquet]'` and export again"
 _LATEX = {
@@ -35,6 +35,8 @@ def export(run: Run, rows: Sequence[Row], directory: Path) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     pictures(run, rows, directory)
     (directory / "results.md").write_text(tables.markdown(rows), encoding="utf-8")
+    if told_rounds := rounds.markdown(rows):
+        (directory / "rounds.md").write_text(told_rounds, encoding="utf-8")
     (directory / "results.tex").write_text(latex(rows, run), encoding="utf-8")
     parquet = importlib.util.find_spec("pyarrow") is not None
     for name, frame in frames(run, rows).items():
@@ -46,7 +48,7 @@ def export(run: Run, rows: Sequence[Row], directory: Path) -> list[str]:
 
 def pictures(run: Run, rows: Sequence[Row], directory: Path) -> None:
     """Each chart of the page as SVG and PNG, on white."""
-    drawn, _ = page.drawings(run, rows, parts.good_trials(run))
+    drawn, _ = page.drawings(run, rows)
     for name, (title, chart, takeaway) in drawn.items():
         if chart is not None:
             picture = draw.alone(draw.svg(chart, name, title, takeaway()))

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from harness.metrics import REPEAT_NGRAM, Row, summary
 from harness.results import Run
 from harness.stats import PROMPTS_LIKE_THESE, THESE_PROMPTS, Interval
-from reports import certainty, charts, draw, leaderboard, parts, tables, texts, words
+from reports import certainty, charts, draw, leaderboard, parts, rounds, tables, texts, words
 
 HERE = Path(__file__).parent
 
@@ -71,6 +71,7 @@ def render(runs: Sequence[Run], summaries: Sequence[list[Row]] | None = None) ->
             f"{'SYNTHETIC: ' * one['synthetic']}{one['manifest'].model} on {one['device']}" for one in views
         ),
         t=tables,
+        rounds=rounds,
         these=THESE_PROMPTS,
         like=PROMPTS_LIKE_THESE,
         ngram=REPEAT_NGRAM,
@@ -109,7 +110,7 @@ def _asset(name: str) -> Markup:
 def view(run: Run, rows: list[Row], name: str) -> dict[str, Any]:
     """What the template shows of one run; `name` keeps the ids of several runs apart."""
     good = parts.good_trials(run)
-    pictures = figures(run, rows, good, name)
+    pictures = figures(run, rows, name)
     answers = texts.answers(run)
     where = words.device(run)
     strip = _strips([row.speedup for row in rows if row.speedup])
@@ -145,9 +146,9 @@ Drawn = tuple[str, alt.TopLevelMixin | None, Callable[[], str]]
 "title, chart, the line that says what it shows"
 
 
-def drawings(run: Run, rows: Sequence[Row], good: parts.Good) -> tuple[dict[str, Drawn], dict[str, parts.Bars]]:
+def drawings(run: Run, rows: Sequence[Row]) -> tuple[dict[str, Drawn], dict[str, parts.Bars]]:
     """(charts by name, what the stacked ones are made of)."""
-    bars = parts.stacks(rows, good)
+    bars = parts.stacks(rows)
     training = run.manifest.training
     return {
         "scatter": ("Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)),
@@ -172,9 +173,9 @@ def drawings(run: Run, rows: Sequence[Row], good: parts.Good) -> tuple[dict[str,
     }, bars
 
 
-def figures(run: Run, rows: Sequence[Row], good: parts.Good, name: str) -> dict[str, Any]:
+def figures(run: Run, rows: Sequence[Row], name: str) -> dict[str, Any]:
     """The charts as inline SVG, None where there is nothing to draw, and their legends."""
-    drawn, bars = drawings(run, rows, good)
+    drawn, bars = drawings(run, rows)
 
     def figure(kind: str, title: str, chart: alt.TopLevelMixin | None, takeaway: Callable[[], str]) -> Figure | None:
         if chart is None:
@@ -190,8 +191,6 @@ def figures(run: Run, rows: Sequence[Row], good: parts.Good, name: str) -> dict[
     squares = ["■"] * len(draw.PARTS)
     return {kind: figure(kind, *each) for kind, each in drawn.items()} | {
         "legend": legend(charts.targets(rows), draw.GLYPHS),
-        "phase_bars": bars["phases"],
-        "phase_names": list(dict.fromkeys(name for each in bars["phases"].values() for name in each)),
         "phase_legend": legend(charts.part_names(bars["phases"]), squares),
         "memory_legend": legend(charts.part_names(bars["memory"]), squares),
     }

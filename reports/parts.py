@@ -17,8 +17,7 @@ Bars = dict[str, Parts]
 Good = dict[str, list[Trial]]
 "good trials by cell"
 
-PHASES = ("draft", "verify", "commit", "accept", "host")
-UNATTRIBUTED = "not attributed"
+UNATTRIBUTED = "unattributed"
 
 
 def good_trials(run: Run) -> Good:
@@ -31,15 +30,14 @@ def good_trials(run: Run) -> Good:
     return found
 
 
-def stacks(rows: Sequence[Row], good: Good) -> dict[str, Bars]:
+def stacks(rows: Sequence[Row]) -> dict[str, Bars]:
     """What a pass's time (`phases`, ms) and a peak's memory (`memory`, GiB) are made of, for the cells that say so."""
     groups = grouped(rows)
     found: dict[str, Bars] = {"phases": {}, "memory": {}}
     for target, group in groups:
         for row in group:
             name = plain(row.cell.label) + f", {target}" * (len(groups) > 1)
-            trials = good.get(row.cell.id, [])
-            for kind, of in (("phases", phases(trials)), ("memory", memory(row))):
+            for kind, of in (("phases", phases(row)), ("memory", memory(row))):
                 if of:
                     found[kind][name] = of
     return found
@@ -53,16 +51,13 @@ def memory(row: Row) -> Parts | None:
     return held | {UNATTRIBUTED: max(row.memory.unattributed_bytes, 0) / GIB}
 
 
-def phases(trials: Sequence[Trial]) -> Parts | None:
-    """Milliseconds of a pass by what it does, over the trials that say so; None where none does."""
-    told = [trial for trial in trials if trial.phase_seconds and trial.committed and trial.decode_seconds]
-    passes = sum(len(trial.committed or ()) for trial in told)
-    if not passes:
+def phases(row: Row) -> Parts | None:
+    """Milliseconds of a pass by what it does; None where no trial says so."""
+    cost = row.round_cost
+    if cost is None:
         return None
-    names = dict.fromkeys((*PHASES, *(name for trial in told for name in trial.phase_seconds or ())))
-    sums = {name: sum((trial.phase_seconds or {}).get(name, 0.0) for trial in told) for name in names}
-    rest = sum(trial.decode_seconds or 0.0 for trial in told) - sum(sums.values())
-    return {name: 1000 * seconds / passes for name, seconds in {**sums, UNATTRIBUTED: max(rest, 0.0)}.items()}
+    told = {name: 1000 * seconds for name, seconds in cost.phase_seconds.items()}
+    return told | {UNATTRIBUTED: 1000 * max(cost.unattributed_seconds, 0.0)}
 
 
 @dataclass(frozen=True)
