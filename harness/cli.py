@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import sys
 import tomllib
@@ -17,7 +18,9 @@ from cyclopts.validators import Number
 from harness.errors import UserError
 
 if TYPE_CHECKING:
+    from harness.metrics import Row
     from harness.plan import Plan, Request
+    from harness.results import Run
 
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -37,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CycloptsError) as error:
         print("harness:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in NO_DISK:
             raise
@@ -96,10 +102,11 @@ def run(
         str | None, Parameter(help="Fresh process for each round of a cell (round), each cell, or the run.")
     ] = None,
     dry_run: Annotated[bool, _flag("Print the plan and stop.")] = False,
+    json: Annotated[bool, _flag("Print the result for a program.")] = False,
     trust_remote_code: Annotated[bool | None, _flag("Run code that comes with the model.")] = None,
 ) -> int:
     """Measure decoders and write a report."""
-    asked = {name: value for name, value in locals().items() if name not in ("config", "dry_run")}
+    asked = {name: value for name, value in locals().items() if name not in ("config", "dry_run", "json")}
     from harness import terminal
     from harness.plan import read_request
 
@@ -108,26 +115,122 @@ def run(
     given = {name: value for name, value in asked.items() if value is not None}
     request = read_request(from_file | given | _whole(given, "rounds"))
     plan = make_plan(request)
-    terminal.show_plan(plan)
-    return 0 if dry_run else _show_result(carry_out(plan, request.out))
+    if dry_run or not json:
+        terminal.show_plan(plan)
+    return 0 if dry_run else _show_result(carry_out(plan, request.out), json)
 
 
 @app.command(group_parameters="Options")
 def report(
-    directory: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")],
-    /,
-    *,
+    *runs: Annotated[Path, Parameter(name="RUN", help="Directories of runs, or of published bundles.")],
+    out: Annotated[Path | None, Parameter(help="The page; default for one run: report.html in it.")] = None,
+    export: Annotated[Path | None, Parameter(help="Folder for charts and tables as files.")] = None,
     judge_export: Annotated[Path | None, Parameter(help="Folder for answers in FastChat's format, instead.")] = None,
+    json: Annotated[bool, _flag("Print numbers for a program, and write nothing else that is not asked for.")] = False,
 ) -> None:
-    """Write the HTML page of a run anew."""
-    if judge_export is None:
-        print(write_report(directory))
-        return
+    """Write the HTML page of runs; several make one page, each by itself."""
     from harness.results import read_run
+    from reports import bundle
+
+    if not runs:
+        raise UserError("which run? give its directory: `python -m harness report out/RUN`")
+    if judge_export is not None:
+        _judge_export([read_run(directory) for directory in runs], judge_export)
+        return
+    if out is None and len(runs) > 1 and not json:
+        raise UserError("several runs make one page: say where, with --out page.html")
+    if out is None and not json and bundle.is_bundle(runs[0]):
+        raise UserError(f"{runs[0]} is a published bundle, which stays as it is: say where, with --out page.html")
+    from harness.metrics import summary
+    from reports import page, told
+
+    read = [read_run(directory) for directory in runs]
+    summaries = [summary(run) for run in read]
+    if export is not None:
+        _export(read, summaries, export)
+    if out is not None or not json:
+        written = page.write(read, out or runs[0] / "report.html", summaries)
+    if json:
+        print(told.as_json(read, summaries))
+        return
+    for run, rows in zip(read, summaries, strict=True):
+        told.show(run, rows)
+    print(written)
+
+
+def _export(runs: Sequence[Run], summaries: Sequence[list[Row]], folder: Path) -> None:
+    """Charts and tables of one run into `folder`, of several into a folder each in it."""
+    from reports.export import export
+
+    for run, rows, own in zip(runs, summaries, _folders(runs, folder), strict=True):
+        for line in export(run, rows, own):
+            print(f"harness: {line}", file=sys.stderr)
+
+
+def _judge_export(runs: Sequence[Run], folder: Path) -> None:
     from reports import judging
 
-    for path in judging.write(read_run(directory), judge_export):
-        print(path)
+    for run, own in zip(runs, _folders(runs, folder), strict=True):
+        for path in judging.write(run, own):
+            print(path)
+
+
+def _folders(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """One run's files go into the folder itself, several into a folder each in it."""
+    if len(runs) == 1:
+        return [folder]
+    return [folder / f"{index}-{run.manifest.run}" for index, run in enumerate(runs, start=1)]
+
+
+@app.command(group_parameters="Options")
+def claims(
+    run: Annotated[Path, Parameter(name="RUN", help="Directory of a run, or of a published bundle.")],
+    /,
+    *,
+    json: Annotated[bool, _flag("Print it for a program.")] = False,
+) -> None:
+    """Set a run beside published figures: first which settings differ, then the numbers."""
+    from harness.metrics import summary
+    from harness.results import read_run
+    from reports import claims as published
+
+    read = read_run(run)
+    found = published.compare(read, summary(read))
+    if json:
+        print(published.as_json(found))
+    else:
+        published.show(found)
+
+
+@app.command(group_parameters="Options")
+def publish(
+    run: Annotated[Path, Parameter(name="RUN", help="Directory of a run.")],
+    /,
+    *,
+    to: Annotated[str, Parameter(help="A new directory, or hf:org/name for a data set on the Hugging Face hub.")],
+) -> None:
+    """Make a bundle that others can verify and report on: page, trials, manifest, README, badge, SHA-256 list."""
+    from harness.results import read_run
+    from reports import bundle, hub
+
+    read = read_run(run)
+    if to.startswith(hub.PREFIX):
+        print(hub.push(read, to.removeprefix(hub.PREFIX)))
+    else:
+        print(bundle.publish(read, Path(to).expanduser()))
+
+
+@app.command(group_parameters="Options")
+def verify_bundle(directory: Annotated[Path, Parameter(name="DIR", help="A published bundle.")], /) -> int:
+    """Check that a bundle is whole and that its numbers follow from its trials; exit status 1 where they do not."""
+    from reports import bundle
+
+    wrong = bundle.verify(directory)
+    for line in wrong:
+        print(line)
+    if not wrong:
+        print("whole: every file is as published, and the numbers are those that the trials give")
+    return 1 if wrong else 0
 
 
 @app.command(group_parameters="Options")
@@ -317,21 +420,26 @@ def write_report(directory: Path) -> Path:
     from harness.results import read_run
     from reports import page
 
-    return page.write(read_run(directory))
+    return page.write([read_run(directory)], directory / "report.html")
 
 
-def _show_result(directory: Path) -> int:
-    """Table and paths; exit status 1 where nothing could be measured, or a method's text surely is not the target's."""
-    from harness import metrics, terminal
+def _show_result(directory: Path, json: bool) -> int:
+    """Answer, table and paths, or all of it in JSON.
+
+    Exit status 1 where nothing could be measured, or a method's text surely is not the target's.
+    """
+    from harness.metrics import summary
     from harness.results import read_run
-    from reports import tables, words
+    from reports import told
 
     run = read_run(directory)
-    rows = metrics.summary(run)
-    for line in words.fitting(rows, run.manifest.vram_budget_bytes):
-        print(line)
-    notes = [*words.changed_targets(run), *words.against_itself(rows)]
-    terminal.show_result(run, tables.rich_table(rows), notes, tables.warnings(run, rows))
+    rows = summary(run)
+    if json:
+        print(told.as_json([run], [rows]))
+    else:
+        told.show(run, rows)
+        for name in ("report.html", "trials.jsonl"):
+            print(directory / name)
     diverged = any(row.verdict.kind == "diverged" for row in rows)
     return 0 if any(row.outcome == "ok" for row in run.rows) and not diverged else 1
 

@@ -7,14 +7,18 @@ greedy method's tau is the same in every round, so its first interval has no wid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from statistics import geometric_mean
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from harness.metrics import GIB, Row, pairs_of, sides_by, trial_frame
+from harness.metrics import GIB, Row, trial_frame
 from harness.results import BASELINE, Cell, Run
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, change_between_rounds, ratio_interval_over_rounds
+
+Column = np.ndarray[Any, np.dtype[Any]]
 
 ALL = ""
 "the category of all prompts together"
@@ -38,7 +42,8 @@ def of_run(run: Run) -> dict[str, dict[str, Figures]]:
     frame = trial_frame(run)
     good = frame[(frame.outcome == "ok") & (frame.decode_tokens > 0) & (frame.decode_seconds > 0)]
     cells = {cell.id: cell for cell in run.manifest.cells}
-    return {id: dict(_by_category(good[good.cell == id], good[good.cell == _baseline(id, cells)])) for id in cells}
+    samples = {str(id): Samples.of(part) for id, part in good.groupby("cell", sort=False)}
+    return {id: dict(_by_category(samples.get(id), samples.get(_baseline(id, cells)))) for id in cells}
 
 
 def _baseline(id: str, cells: dict[str, Cell]) -> str:
@@ -47,63 +52,101 @@ def _baseline(id: str, cells: dict[str, Cell]) -> str:
     return "" if cells[id].method == BASELINE else next(found, "")
 
 
-def _by_category(own: pd.DataFrame, base: pd.DataFrame) -> Iterator[tuple[str, Figures]]:
-    if own.empty:
+@dataclass(frozen=True)
+class Samples:
+    """Good trials of one cell, an entry each: arrays, because a large run asks for thousands of intervals."""
+
+    category: Column
+    prompt: Column
+    turn: Column
+    round: Column
+    tokens: Column
+    seconds: Column
+    passes: Column
+    peak_bytes: Column
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Samples:
+        names = ("category", "prompt_id", "turn", "round", "decode_tokens", "decode_seconds", "verify_passes")
+        return cls(*(frame[name].to_numpy() for name in (*names, "peak_bytes")))
+
+    def at(self, entries: Column) -> Samples:
+        return Samples(*(getattr(self, field.name)[entries] for field in fields(self)))
+
+    def paired(self, other: Samples) -> tuple[Samples, Samples]:
+        """Both sides' entries of the same prompt, turn and round."""
+        theirs = {key: index for index, key in enumerate(other.keys())}
+        both = [(index, theirs[key]) for index, key in enumerate(self.keys()) if key in theirs]
+        own, others = np.array(both, int).reshape(-1, 2).T
+        return self.at(own), other.at(others)
+
+    def keys(self) -> Iterator[tuple[str, int, int]]:
+        return zip(self.prompt.tolist(), self.turn.tolist(), self.round.tolist(), strict=True)
+
+    def held(self) -> Samples:
+        """Seconds times the peak of their round in GiB: tokens over these are a speed per GiB."""
+        rounds, code = np.unique(self.round, return_inverse=True)
+        peaks = np.array([self.peak_bytes[code == index].max() for index in range(len(rounds))])
+        return replace(self, seconds=self.seconds * peaks[code] / GIB)
+
+    @property
+    def knows_memory(self) -> bool:
+        return not np.isnan(self.peak_bytes).any()
+
+
+def _by_category(own: Samples | None, base: Samples | None) -> Iterator[tuple[str, Figures]]:
+    if own is None:
         return
-    yield ALL, figures(own, base)
-    for category, part in own.groupby("category", sort=False):
-        yield str(category), figures(part, base)
+    yield ALL, _figures(own, base)
+    for category in dict.fromkeys(own.category.tolist()):
+        yield str(category), _figures(own.at(own.category == category), base)
 
 
-def figures(own: pd.DataFrame, base: pd.DataFrame) -> Figures:
+def _figures(own: Samples, base: Samples | None) -> Figures:
     """Of one cell's good trials; those against the baseline over the trials that both finished."""
-    found = {
-        "speed": _rate(own, "decode_tokens", "decode_seconds"),
-        "tau": _rate(own, "decode_tokens", "verify_passes"),
-    }
-    if own.peak_bytes.notna().all():
-        found["peak_bytes"] = Both(
-            _alone(own.groupby("round").peak_bytes.max().tolist(), over_rounds=True),
-            _alone(own.groupby("prompt_id").peak_bytes.max().tolist(), over_rounds=False),
-        )
-        found["per_gib"] = _rate(_held(own), "decode_tokens", "decode_seconds")
-    pairs = pairs_of(own, base)
-    if not pairs.empty:
-        found["speedup"] = _against(own, base)
-        if {own.peak_bytes.notna().all(), base.peak_bytes.notna().all()} == {True}:
-            found["per_gib_relative"] = _against(_held(own), _held(base))
+    found = {"speed": _rate(own, own.tokens, own.seconds), "tau": _rate(own, own.tokens, own.passes)}
+    if own.knows_memory:
+        found["peak_bytes"] = Both(_mean_of_peaks(own, own.round), _mean_of_peaks(own, own.prompt))
+        found["per_gib"] = _rate(own, own.tokens, own.held().seconds)
+    if base is None or not len(own.paired(base)[0].tokens):
+        return found
+    found["speedup"] = _against(own, base)
+    if own.knows_memory and base.knows_memory:
+        found["per_gib_relative"] = _against(own.held(), base.held())
     return found
 
 
-def _held(frame: pd.DataFrame) -> pd.DataFrame:
-    """Seconds times the peak of their round in GiB: tokens over these are a speed per GiB."""
-    peaks = frame.groupby("round").peak_bytes.transform("max")
-    return frame.assign(decode_seconds=frame.decode_seconds * peaks / GIB)
-
-
-def _against(own: pd.DataFrame, base: pd.DataFrame) -> Both:
-    pairs = pairs_of(own, base)
-    return Both(
-        ratio_interval_over_rounds(*sides_by(pairs, "round")), bootstrap_over_prompts(*sides_by(pairs, "prompt_id"))
+def _against(own: Samples, base: Samples) -> Both:
+    mine, theirs = own.paired(base)
+    rounds, prompts = (
+        (_sums(unit, mine.tokens, mine.seconds), _sums(unit, theirs.tokens, theirs.seconds))
+        for unit in (mine.round, mine.prompt)
     )
+    return Both(ratio_interval_over_rounds(*rounds), bootstrap_over_prompts(*prompts))
 
 
-def _rate(frame: pd.DataFrame, amount: str, per: str) -> Both:
-    sides = []
-    for unit in ("round", "prompt_id"):
-        sums = frame.groupby(unit)[[amount, per]].sum()
-        sides.append(Ratio(sums[amount].tolist(), sums[per].tolist()))
-    rounds, prompts = sides
+def _rate(own: Samples, amount: Column, per: Column) -> Both:
+    rounds, prompts = (_sums(unit, amount, per) for unit in (own.round, own.prompt))
     return Both(
         ratio_interval_over_rounds(rounds, [1.0] * len(rounds.amount)),
         bootstrap_over_prompts(prompts, [1.0] * len(prompts.amount)),
     )
 
 
-def _alone(values: Sequence[float], *, over_rounds: bool) -> Interval:
-    """Of the mean of some values."""
-    ones = [1.0] * len(values)
-    return ratio_interval_over_rounds(values, ones) if over_rounds else bootstrap_over_prompts(values, ones)
+def _sums(unit: Column, amount: Column, per: Column) -> Ratio:
+    """One sample for each value of `unit`."""
+    _, code = np.unique(unit, return_inverse=True)
+    sums = (np.bincount(code, weights=column.astype(float)) for column in (amount, per))
+    return Ratio(*(each.tolist() for each in sums))
+
+
+def _mean_of_peaks(own: Samples, unit: Column) -> Interval:
+    """Of the mean of the units' largest peaks."""
+    names, code = np.unique(unit, return_inverse=True)
+    peaks = [float(own.peak_bytes[code == index].max()) for index in range(len(names))]
+    ones = [1.0] * len(peaks)
+    over_rounds = unit is own.round
+    return ratio_interval_over_rounds(peaks, ones) if over_rounds else bootstrap_over_prompts(peaks, ones)
 
 
 # --- A/A --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ and 4 bits the target disagrees with itself between one token and several at a t
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -124,7 +125,7 @@ def judge(reference: Sequence[int], text: Sequence[int], bits: str, gap: Gap) ->
 
 def acceptance(steps: Iterable[Step]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(drafted, accepted) by depth, as in a `Finding`."""
-    passes = [(step.drafted_depth, step.accepted) for step in steps if step.drafted]
+    passes = Counter((step.drafted_depth, step.accepted) for step in steps if step.drafted)
     deepest = max((depth for depth, _ in passes), default=0)
     counts = [depth_counts(passes, depth) for depth in range(1, deepest + 1)]
     return tuple(drafted for drafted, _ in counts), tuple(accepted for _, accepted in counts)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pandas as pd
 
 from harness.acceptance import constant_chance
@@ -209,10 +210,12 @@ def peak_kind(device: str) -> str:
 
 def repeats(tokens_T: Sequence[int], n: int = REPEAT_NGRAM) -> list[bool]:
     """For each token, whether the n-gram that it ends stood earlier in the same text."""
+    grams = list(zip(*(tokens_T[start:] for start in range(n)), strict=False))
+    if len(set(grams)) == len(grams):  # most texts, and most of the time that a large run takes
+        return [False] * len(tokens_T)
     seen: set[tuple[int, ...]] = set()
-    marks = [False] * min(n - 1, len(tokens_T))
-    for end in range(n, len(tokens_T) + 1):
-        gram = tuple(tokens_T[end - n : end])
+    marks = [False] * (n - 1)
+    for gram in grams:
         marks.append(gram in seen)
         seen.add(gram)
     return marks
@@ -410,34 +413,40 @@ def _chance(tau: float | None, trials: Iterable[Trial]) -> float | None:
 
 def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
     """From the per-pass counts of good trials; nothing for a method that drafts nothing."""
-    by_prompt: dict[str, list[tuple[int, int]]] = {}
+    by_prompt: dict[str, Counter[tuple[int, int]]] = {}
     for trial in trials:
         if trial.drafted_depth and trial.accepted:
             counts = zip(trial.drafted_depth, trial.accepted, strict=True)
-            by_prompt.setdefault(trial.prompt_id, []).extend(counts)
-    passes = [count for counts in by_prompt.values() for count in counts]
+            by_prompt.setdefault(trial.prompt_id, Counter()).update(counts)
+    passes: Counter[tuple[int, int]] = Counter()
+    for each in by_prompt.values():
+        passes.update(each)
     deepest = max((depth for depth, _ in passes), default=0)
     rows = []
     for depth in range(1, deepest + 1):
         reached, accepted = depth_counts(passes, depth)
-        each = [depth_counts(counts, depth) for counts in by_prompt.values()]
+        shares = [a / r for r, a in (depth_counts(each, depth) for each in by_prompt.values()) if r]
         rows.append(
             DepthAcceptance(
                 depth=depth,
-                drafted=sum(drafted >= depth for drafted, _ in passes),
-                passes=len(passes),
+                drafted=sum(count for (drafted, _), count in passes.items() if drafted >= depth),
+                passes=passes.total(),
                 reached=reached,
                 accepted=accepted,
-                prompt_mean=statistics.fmean(shares) if (shares := [a / r for r, a in each if r]) else None,
+                prompt_mean=statistics.fmean(shares) if shares else None,
             )
         )
     return tuple(rows)
 
 
-def depth_counts(passes: Sequence[tuple[int, int]], depth: int) -> tuple[int, int]:
-    """(reached, accepted) at `depth`, counted from 1, over passes of (deepest drafted, accepted)."""
-    reached = [accepted for drafted, accepted in passes if drafted >= depth and accepted >= depth - 1]
-    return len(reached), sum(accepted >= depth for accepted in reached)
+def depth_counts(passes: Counter[tuple[int, int]], depth: int) -> tuple[int, int]:
+    """(reached, accepted) at `depth`, counted from 1, over passes counted by (deepest drafted, accepted)."""
+    reached = {
+        (drafted, accepted): count
+        for (drafted, accepted), count in passes.items()
+        if drafted >= depth and accepted >= depth - 1
+    }
+    return sum(reached.values()), sum(count for (_, accepted), count in reached.items() if accepted >= depth)
 
 
 def _verdict(own: Measured, base: Measured | None, temperature: float, lossless: bool, judged: Margins) -> Verdict:
@@ -547,8 +556,9 @@ def pairs_of(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
 def sides_by(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
     """Both sides' tokens per second, one sample for each value of `by`."""
     names = ["decode_tokens", "decode_seconds", "decode_tokens_base", "decode_seconds_base"]
+    code, _ = pd.factorize(pairs[by], sort=True)
     tokens, seconds, base_tokens, base_seconds = (
-        column.tolist() for _, column in pairs.groupby(by)[names].sum().items()
+        np.bincount(code, weights=pairs[name].to_numpy(float)).tolist() for name in names
     )
     return Ratio(tokens, seconds), Ratio(base_tokens, base_seconds)
 

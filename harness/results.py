@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,11 @@ SCHEMA = 1
 
 BASELINE = "ar"
 "the method that every speed-up is measured against"
+
+PRELIMINARY = (
+    "Preliminary: good for a first look, not for publishing. For that, use `--prompts standard --rounds 3` or more, "
+    "and no --limit."
+)
 
 Outcome = Literal["ok", "oom", "error", "unsupported", "killed"]
 
@@ -55,14 +61,18 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     def id(self) -> str:
         """File-safe and unique within a run."""
         text = "-".join((self.label, self.bits, self.dtype, self.weights, self.runtime, self.device))
-        text += "" if self.context is None else f"-c{self.context}"
-        return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
+        return _file_safe(text + ("" if self.context is None else f"-c{self.context}"))
 
     @property
     def target(self) -> tuple[str, ...]:
         """Cells are comparable when this is equal: same model, weights, bits, dtype, runtime, device and context."""
         context = "" if self.context is None else str(self.context)
         return (self.model, self.weights, self.bits, self.dtype, self.runtime, self.device, context)
+
+
+@lru_cache(maxsize=4096)
+def _file_safe(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +172,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     the output head too), and the keys and values so far"""
     host_syncs: int | None = None
     "device-to-host copies of the decode loop: one a round, and one per adaptive draft step"
+    rejected: list[list[str]] | None = None
+    "text of the drafted tokens that were not accepted, one list per verify pass, only in round 0"
     memory: Memory | None = None
     energy_joules: float | None = None
     device_before: DeviceState | None = None
@@ -410,8 +422,8 @@ def read_runs(path: Path | str) -> list[Run]:
 
 def _good_lines(path: Path) -> tuple[tuple[Trial, ...], int]:
     """Trials, and how many lines are none. Raises UserError for those of a newer schema."""
-    rows = list(read_trials(path))
-    good = tuple(row[0] for row in rows if row is not None)
+    rows = list(_typed(path))
+    good = tuple(row for row in rows if row is not None)
     newest = max((trial.schema for trial in good), default=SCHEMA)
     if newest > SCHEMA:
         raise UserError(f"{path} has schema {newest}, newer than {SCHEMA}: update the harness")
@@ -438,3 +450,14 @@ def _manifest_of(trials: Sequence[Trial]) -> Manifest:
         top_p=first.top_p,
         max_new_tokens=first.max_new_tokens or 0,
     )
+
+
+def _typed(path: Path) -> Iterator[Trial | None]:
+    """`read_trials` without the raw dicts: of a hundred thousand lines they would fill the memory."""
+    decoder = msgspec.json.Decoder(Trial)
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            try:
+                yield decoder.decode(line)
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                yield None

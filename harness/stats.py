@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,14 @@ def ratio_interval_over_rounds(
     if len(logs_R) < 2:
         return Interval(value, None, None, THESE_PROMPTS)
     error = float(logs_R.std(ddof=1)) / math.sqrt(len(logs_R))
-    half = float(scipy_stats.t.ppf((1 + confidence) / 2, df=len(logs_R) - 1)) * error
+    half = _quantile(confidence, len(logs_R) - 1) * error
     return Interval(value, value * math.exp(-half), value * math.exp(half), THESE_PROMPTS)
+
+
+@lru_cache(maxsize=1024)
+def _quantile(confidence: float, degrees: float) -> float:
+    """Of Student's t: how many standard errors an interval reaches to either side."""
+    return float(scipy_stats.t.ppf((1 + confidence) / 2, df=degrees))
 
 
 def bootstrap_over_prompts(
@@ -87,22 +94,19 @@ def bootstrap_over_prompts(
     if len(over[0]) < 2:
         return Interval(value, None, None, PROMPTS_LIKE_THESE)
 
-    def statistic(a: Array, b: Array, c: Array, d: Array, axis: int = -1) -> Array:
-        ratio: Array = a.sum(axis) * d.sum(axis) / (b.sum(axis) * c.sum(axis))
-        return ratio
+    drawn = _draws(len(over[0]), resamples, seed)
+    ratios = (drawn @ over[0]) * (drawn @ under[1]) / ((drawn @ over[1]) * (drawn @ under[0]))
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return Interval(value, float(low), float(high), PROMPTS_LIKE_THESE)
 
-    result = scipy_stats.bootstrap(
-        (*over, *under),
-        statistic,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    ends = result.confidence_interval
-    return Interval(value, float(ends.low), float(ends.high), PROMPTS_LIKE_THESE)
+
+@lru_cache(maxsize=16)
+def _draws(prompts: int, resamples: int, seed: int) -> Array:
+    """How often each prompt is drawn, one row a resample: the draws of `scipy.stats.bootstrap`, kept for the next."""
+    picks = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
+    flat = (picks + prompts * np.arange(resamples)[:, None]).ravel()
+    return np.bincount(flat, minlength=resamples * prompts).reshape(resamples, prompts).astype(float)
 
 
 def change_between_rounds(
@@ -120,7 +124,7 @@ def change_between_rounds(
     if error == 0:
         return Interval(value, value, value, THESE_PROMPTS)
     degrees = error**2 / sum(own**2 / (len(side) - 1) for own, side in zip(errors, logs, strict=True))
-    half = float(scipy_stats.t.ppf((1 + confidence) / 2, df=degrees)) * math.sqrt(error)
+    half = _quantile(confidence, degrees) * math.sqrt(error)
     return Interval(value, value * math.exp(-half), value * math.exp(half), THESE_PROMPTS)
 
 

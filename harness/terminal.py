@@ -13,25 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from harness import child
+from harness.results import PRELIMINARY
 
 if TYPE_CHECKING:
     from harness.forwards import Forwards
     from harness.host import Check
     from harness.method import Method
     from harness.plan import Plan
-    from harness.results import Roofline, Run
+    from harness.results import Roofline
     from harness.train.loop import Report
-
-PRELIMINARY = (
-    "Preliminary: good for a first look, not for publishing. For that, use `--prompts standard --rounds 3` or more, "
-    "and no --limit."
-)
 
 
 def show_plan(plan: Plan) -> None:
@@ -197,23 +193,6 @@ def show_drafters(paths: Sequence[Path]) -> None:
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-# --- the result ------------------------------------------------------------------------------------------------------
-
-
-def show_result(run: Run, table: RenderableType, notes: Sequence[str], warnings: Sequence[str]) -> None:
-    """The table, the control, what to beware of, and where the files are."""
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    for note in notes:
-        console.print(Text(note), soft_wrap=True)
-    for warning in warnings:
-        console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
-    if run.manifest.preliminary:
-        console.print(PRELIMINARY, soft_wrap=True)
-    for name in ("report.html", "trials.jsonl"):
-        print(run.directory / name)
 
 
 # --- lists and checks ------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from harness.plan import Job, Plan, Turn
 from harness.results import Outcome, append_trial, read_trials
 from harness.sampling import Sampler
 from harness.target import Target
+from harness.watched import Watched
 from harness.weights import Bits, LoadedModel
 
 WARM_UP_TOKENS = 8
@@ -168,7 +169,9 @@ class Bench:
             captured = runtime.captures
             self._seed(turn)
             started, clock = time.time(), meters.clock(self.target.device)
-            rounds = decode(self.target, self.method, prompt, self.limits, self.sampler, self.redraw, clock)
+            watched = Watched(self.method) if self.job.round == 0 else None
+            method: Any = watched or self.method
+            rounds = decode(self.target, method, prompt, self.limits, self.sampler, self.redraw, clock)
             (prefill, *steps), reading = meters.measure(rounds, self.gauges)
             if runtime.captures == captured:
                 break
@@ -192,7 +195,7 @@ class Bench:
             "warm_up_passes": self.passes,
             "warm_up_settled": self.settled,
             "new_tokens": new_tokens,
-            **self._texts(new_tokens),
+            **self._texts(new_tokens, watched.rejected(steps) if watched else None),
             "prefill_seconds": reading.prefill_seconds,
             "decode_seconds": reading.decode_seconds,
             "round_seconds": reading.round_seconds,
@@ -232,13 +235,17 @@ class Bench:
         if self.plan.vram_budget_bytes is not None:
             self.gauges.refuse_beyond(self.plan.vram_budget_bytes)
 
-    def _texts(self, new_tokens: list[int]) -> dict[str, Any]:
+    def _texts(self, new_tokens: list[int], rejected: list[list[int]] | None) -> dict[str, Any]:
         """Nothing for a model without a tokenizer."""
         tokenizer = self.loaded.tokenizer
         if tokenizer is None:
             return {}
-        pieces = dialogue.pieces(tokenizer, new_tokens) if self.job.round == 0 else None
-        return {"text": dialogue.decode(tokenizer, new_tokens), "token_texts": pieces}
+        told = {token: dialogue.decode(tokenizer, [token]) for tokens in rejected or () for token in tokens}
+        return {
+            "text": dialogue.decode(tokenizer, new_tokens),
+            "token_texts": dialogue.pieces(tokenizer, new_tokens) if self.job.round == 0 else None,
+            "rejected": None if rejected is None else [[told[token] for token in tokens] for tokens in rejected],
+        }
 
 
 def seed_of(seed: int, turn: Turn) -> int:

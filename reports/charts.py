@@ -1,91 +1,179 @@
-"""Charts as Vega-Lite specs, drawn to SVG here so that the page carries no script.
-
-Colour never stands alone: a target also has its own mark shape, a method its own panel or its name beside the point.
-The few colours are fixed, so that the page's style sheet can swap them for the dark; the page draws the legend.
-"""
+"""The page's charts, as Vega-Lite; `reports.draw` makes SVG of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
-from xml.etree import ElementTree
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 import pandas as pd
-import vl_convert
 
 from harness.metrics import Row
 from harness.results import Training
-from reports.tables import gib, plain, target_name
+from reports.draw import (
+    GRID,
+    INK,
+    MUTED,
+    ON_PART,
+    PAPER,
+    PARTS,
+    SERIES,
+    SHAPES,
+    Layered,
+    label_places,
+    padded,
+    text_width,
+)
+from reports.parts import Parts
+from reports.tables import gib, pareto, plain, target_name
 from reports.words import training_seconds
 
-INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
-SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
-SHAPES = ["circle", "square", "triangle-up", "diamond"]
-GLYPHS = ["●", "■", "▲", "◆"]
-FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"
+TIMES = "\N{MULTIPLICATION SIGN}"
+AS_RATIO = f"datum.label + '{TIMES}'"
 PANELS_PER_LINE = 5
-
-Layered = alt.LayerChart | alt.FacetChart
+BAR_PX = 24
+WIDEST = 2.5
+"an interval that is wider leaves the chart: a few rounds can give any width"
+NEGLIGIBLE = 0.002
+"share of a bar that nobody could see"
+RATIO_TICKS = [0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
 
 
 def scatter(rows: Sequence[Row]) -> Layered | None:
-    """Decode speed against peak memory, with lines of equal tok/s per GiB; None where no cell has both."""
+    """Decode speed against peak memory, with lines of equal tok/s per GiB and the Pareto front; None without both."""
     placed = [row for row in rows if row.tokens_per_second_per_gib is not None]
     if not placed:
         return None
-    data = pd.DataFrame(
-        [
-            {
-                "gib": gib(row.peak_bytes),
-                "speed": row.decode_tokens_per_second,
-                "label": plain(row.cell.label),
-                "target": _target(row, rows),
-                "baseline": row.is_baseline,
-            }
-            for row in placed
-        ]
+    data = _placed(placed, rows, [gib(row.peak_bytes) for row in placed], [_speed(row) for row in placed])
+    (x0, x1), (y0, y1) = padded(data.x.tolist(), 0.12), (0.0, float(data.y.max()) * 1.12)
+    x = alt.X("x:Q", title="peak memory, GiB", axis=alt.Axis(tickCount=8, grid=False), scale=_exactly(x0, x1))
+    y = alt.Y("y:Q", title="decode speed, tok/s", axis=alt.Axis(tickCount=7), scale=_exactly(y0, y1))
+    on_front = pareto(rows)
+    data["alike"] = [f"{row.cell.runtime} {row.cell.device} {row.cell.context}" for row in placed]
+    front = data[[row.cell.id in on_front for row in placed]].sort_values("x")
+    lines = _equal_ratio_lines(x0, x1, y1, float((data.y / data.x).max()))
+    steps = alt.Chart(front).mark_line(color=INK, strokeWidth=1, interpolate="step-after", opacity=0.55)
+    return _cloud(
+        data, x, y, _rays(lines, x, y), [steps.encode(x=x, y=y, detail="alike:N")], rows, (980, 430), (x0, x1), (y0, y1)
     )
-    width, height = 980, 430
-    (x0, x1), (y0, y1) = _padded(data.gib, 0.12), (0.0, float(data.speed.max()) * 1.12)
-    x = alt.X(
-        "gib:Q",
-        title="peak memory, GiB",
-        axis=alt.Axis(tickCount=8, grid=False),
-        scale=alt.Scale(domain=[x0, x1], nice=False, zero=False),
-    )
-    y = alt.Y(
-        "speed:Q", title="decode speed, tok/s", axis=alt.Axis(tickCount=7), scale=alt.Scale(domain=[y0, y1], nice=False)
-    )
-    lines = _equal_ratio_lines(x0, x1, y1, float((data.speed / data.gib).max()))
-    rays = alt.Chart(lines).mark_line(color=MUTED, strokeDash=[2, 4], strokeWidth=1).encode(x=x, y=y, detail="ratio:N")
-    ends = lines[lines.end]
-    ray_names = (
-        alt.Chart(ends)
-        .mark_text(color=MUTED, fontSize=10, align="right", dx=-4, dy=-6)
-        .encode(x=x, y=y, text=alt.Text("name:N"))
-    )
-    points = (
-        alt.Chart(data)
-        .mark_point(size=90, filled=True, opacity=1)
-        .encode(x=x, y=y, color=_color(rows), shape=_shape(rows))
-    )
-    rings = (
-        alt.Chart(data[data.baseline]).mark_point(size=260, shape="circle", color=INK, strokeWidth=1.2).encode(x=x, y=y)
-    )
-    across, down = (data.gib - x0) / (x1 - x0) * width, height - data.speed / y1 * height
-    places = _label_places(list(zip(across, down, strict=True)), data.label.tolist(), width, height)
-    names = [
-        alt.Chart(data.iloc[[index]])
-        .mark_text(color=INK, fontSize=12, align=align, dx=dx, dy=dy)
-        .encode(x=x, y=y, text="label:N")
-        for index, (align, dx, dy) in enumerate(places)
+
+
+def tau(rows: Sequence[Row]) -> Layered | None:
+    """Speed-up against tokens per pass: below the upright 1 a method loses; rays join equal costs of a pass."""
+    placed = [row for row in rows if row.speedup is not None and row.tau is not None]
+    if not placed:
+        return None
+    data = _placed(placed, rows, [row.tau for row in placed], [row.speedup.value for row in placed if row.speedup])
+    data["low"] = [row.speedup.low for row in placed if row.speedup]
+    data["high"] = [row.speedup.high for row in placed if row.speedup]
+    least, most = _reach(data, "y")
+    (x0, x1), (y0, y1) = (0.95, float(data.x.max()) * 1.08 + 0.05), (min(0.9, least) * 0.8, max(1.3, most) * 1.12)
+    x = alt.X("x:Q", title="τ, tokens per pass", axis=alt.Axis(tickCount=8, grid=False), scale=_exactly(x0, x1))
+    ticks = alt.Axis(tickCount=7, labelExpr=AS_RATIO, grid=False)
+    y, low = (alt.Y(f"{end}:Q", title="speed-up", axis=ticks, scale=_exactly(y0, y1)) for end in ("y", "low"))
+    costs = sorted({1.0, *_nice_costs([row.break_even_tau for row in placed])})
+    ends = [
+        {"ray": cost, "x": at, "y": at / cost, "end": end, "name": f"a pass costs {cost:g}{TIMES}"}
+        for cost in costs
+        for at, end in ((max(x0, y0 * cost), False), (min(x1, y1 * cost), True))
+        if y0 * cost < x1
     ]
-    return alt.layer(rays, ray_names, rings, points, *names, width=width, height=height)
+    even = alt.Chart(pd.DataFrame([{"y": 1.0, "x": x0, "name": "break-even"}]))
+    marks = [
+        even.mark_rule(color=INK, strokeWidth=1.2).encode(y=y),
+        even.mark_text(color=INK, align="left", dx=6, dy=12, fontSize=11).encode(x=x, y=y, text="name:N"),
+        alt.Chart(data[data.low.notna()])
+        .mark_rule(strokeWidth=1.4, opacity=0.6, clip=True)
+        .encode(x=x, y=low, y2="high:Q", color=_color(rows)),
+    ]
+    return _cloud(data, x, y, _rays(pd.DataFrame(ends), x, y), marks, rows, (980, 380), (x0, x1), (y0, y1))
 
 
-def acceptance(rows: Sequence[Row]) -> alt.ConcatChart | None:
+def _reach(data: pd.DataFrame, value: str) -> tuple[float, float]:
+    """How far an axis reaches: to the ends of the intervals, but not beyond `WIDEST` times the values."""
+    low, high = float(data[value].min()), float(data[value].max())
+    ends = data[["low", "high"]].astype(float)
+    least, most = float(ends.low.min()), float(ends.high.max())
+    if math.isnan(least):
+        return low, high
+    return max(min(low, least), low / WIDEST), min(max(high, most), high * WIDEST)
+
+
+def _exactly(low: float, high: float) -> alt.Scale:
+    return alt.Scale(domain=[low, high], nice=False, zero=False)
+
+
+def _placed(placed: Sequence[Row], rows: Sequence[Row], x: Sequence[object], y: Sequence[object]) -> pd.DataFrame:
+    data = {
+        "x": x,
+        "y": y,
+        "label": [plain(row.cell.label) for row in placed],
+        "target": [_target(row, rows) for row in placed],
+        "baseline": [row.is_baseline for row in placed],
+    }
+    return pd.DataFrame(data).astype({"x": float, "y": float})
+
+
+def _cloud(
+    data: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    behind: Sequence[alt.Chart],
+    marks: Sequence[alt.Chart],
+    rows: Sequence[Row],
+    size: tuple[int, int],
+    x_ends: tuple[float, float],
+    y_ends: tuple[float, float],
+) -> Layered:
+    """Points with their names beside them, over what `behind` and `marks` draw; a ring round a baseline."""
+    (width, height), (x0, x1), (y0, y1) = size, x_ends, y_ends
+    points = alt.Chart(data).mark_point(size=90, filled=True, opacity=1)
+    rings = alt.Chart(data[data.baseline]).mark_point(size=260, shape="circle", color=INK, strokeWidth=1.2)
+    across, down = (data.x - x0) / (x1 - x0) * width, height - (data.y - y0) / (y1 - y0) * height
+    places = label_places(list(zip(across, down, strict=True)), data.label.tolist(), width, height)
+    apart = data.assign(place=[str(place) for place in places])
+    names = [
+        alt.Chart(apart[apart.place == str(place)])
+        .mark_text(fontSize=12, align=place[0], dx=place[1], dy=place[2], **ink)
+        .encode(x=x, y=y, text="label:N")
+        for place in dict.fromkeys(places)
+        for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 3}, {"color": INK})
+    ]
+    shown = points.encode(x=x, y=y, color=_color(rows), shape=_shape(rows))
+    return alt.layer(*behind, *marks, rings.encode(x=x, y=y), shown, *names, width=width, height=height)
+
+
+def _rays(lines: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """Dotted lines, each from its row without `end` to its row with it, where its name stands."""
+    drawn = alt.Chart(lines).mark_line(color=MUTED, strokeDash=[2, 4], strokeWidth=1)
+    names = alt.Chart(lines[lines.end]).mark_text(color=MUTED, fontSize=10, align="right", dx=-4, dy=-6)
+    return [drawn.encode(x=x, y=y, detail="ray:N"), names.encode(x=x, y=y, text="name:N")]
+
+
+def _equal_ratio_lines(x0: float, x1: float, y1: float, top: float) -> pd.DataFrame:
+    """Rays of equal tok/s per GiB at round numbers, clipped to the plot; the end inside the plot carries the name."""
+    step = 10 ** math.floor(math.log10(top / 4))
+    step *= next(nice for nice in (1, 2, 5, 10) if top / (step * nice) <= 7)
+    lines = []
+    for index in range(1, math.floor(1.3 * top / step) + 1):
+        ratio = step * index
+        right = min(x1, y1 / ratio)
+        if right > x0:
+            name = f"{ratio:g} tok/s per GiB"
+            lines.append({"ray": ratio, "x": max(x0, 0), "y": ratio * max(x0, 0), "end": False, "name": name})
+            lines.append({"ray": ratio, "x": right, "y": ratio * right, "end": True, "name": name})
+    return pd.DataFrame(lines, columns=["ray", "x", "y", "end", "name"]).astype({"end": bool})
+
+
+def _nice_costs(costs: Sequence[float | None]) -> list[float]:
+    top = max((cost for cost in costs if cost is not None), default=1.0)
+    return [cost for cost in (1.5, 2, 3, 4, 6, 8, 12, 16) if cost < 1.3 * top]
+
+
+# --- small multiples --------------------------------------------------------------------------------------------------
+
+
+def acceptance(rows: Sequence[Row]) -> Layered | None:
     """A panel a method: how often each depth was accepted where it was reached, and (dotted) how often drafted."""
     data = pd.DataFrame(
         [
@@ -103,26 +191,22 @@ def acceptance(rows: Sequence[Row]) -> alt.ConcatChart | None:
     if data.empty:
         return None
     depths = list(range(1, int(data.depth.max()) + 1))
-
-    def panel(part: pd.DataFrame, first_column: bool) -> Layered:
-        axis = alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], labels=first_column, ticks=first_column)
-        x = alt.X("depth:O", title="depth", scale=alt.Scale(domain=depths), axis=alt.Axis(labelAngle=0, grid=False))
-        accepted, drafted = (
-            alt.Y(f"{name}:Q", title=None, scale=alt.Scale(domain=[0, 1.05]), axis=axis)
-            for name in ("accepted", "drafted")
-        )
-        base = alt.Chart(part)
-        often = base.mark_line(strokeWidth=1.2, strokeDash=[1, 3]).encode(x=x, y=drafted, color=_color(rows))
-        line = base.mark_line(strokeWidth=1.5).encode(x=x, y=accepted, color=_color(rows))
-        points = base.mark_point(filled=True, size=42, opacity=1).encode(
-            x=x, y=accepted, color=_color(rows), shape=_shape(rows)
-        )
-        return alt.layer(often, line, points, width=164, height=120)
-
-    return _panels(data, panel)
+    axis = alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
+    shown = depths if len(depths) <= 10 else [depth for depth in depths if depth == 1 or depth % 5 == 0]
+    along = alt.Axis(labelAngle=0, grid=False, values=shown)
+    x = alt.X("depth:O", title="depth", scale=alt.Scale(domain=depths), axis=along)
+    accepted, drafted = (
+        alt.Y(f"{name}:Q", title=None, scale=alt.Scale(domain=[0, 1.05]), axis=axis) for name in ("accepted", "drafted")
+    )
+    base, color = alt.Chart(data), _color(rows)
+    often = base.mark_line(strokeWidth=1.2, strokeDash=[1, 3]).encode(x=x, y=drafted, color=color)
+    line = base.mark_line(strokeWidth=1.5).encode(x=x, y=accepted, color=color)
+    points = base.mark_point(filled=True, size=42, opacity=1)
+    layers = alt.layer(often, line, points.encode(x=x, y=accepted, color=color, shape=_shape(rows)))
+    return _panels(layers.properties(width=160, height=120), data)
 
 
-def categories(rows: Sequence[Row]) -> alt.ConcatChart | None:
+def categories(rows: Sequence[Row]) -> Layered | None:
     """A panel a method: each category's speed-up and interval on a ratio scale; the upright line is plain decoding."""
     data = pd.DataFrame(
         [
@@ -140,127 +224,106 @@ def categories(rows: Sequence[Row]) -> alt.ConcatChart | None:
     )
     if data.empty:
         return None
-    ends = data[["speedup", "low", "high"]].astype(float)
-    low, high = min(float(ends.min().min()), 0.9) * 0.95, max(float(ends.max().max()), 1.1) * 1.05
-    scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    ticks = alt.Axis(
-        values=[0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8],
-        format="~g",
-        labelExpr="datum.label + '\N{MULTIPLICATION SIGN}'",
-    )
     order = list(dict.fromkeys(data.category))
+    names = targets(rows)
     lanes = max(data.groupby("method").target.nunique())
-
-    def panel(part: pd.DataFrame, first_column: bool) -> Layered:
-        axis = alt.Axis(grid=True, ticks=False, domain=False, labels=first_column, labelLimit=130)
-        y = alt.Y("category:N", title=None, scale=alt.Scale(domain=order), axis=axis)
-        lane = alt.YOffset("lane:O", scale=alt.Scale(domain=list(range(lanes)), paddingOuter=0.6))
-        names = list(dict.fromkeys(part.target))
-        base = alt.Chart(part.assign(lane=part.target.map(names.index)))
-        one = alt.Chart(pd.DataFrame({"one": [1]})).mark_rule(color=INK, strokeWidth=1)
-        whole = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5)
-        points = base.mark_point(filled=True, size=40, opacity=1)
-        return alt.layer(
-            one.encode(x=alt.X("one:Q", title=None, scale=scale, axis=ticks)),
-            whole.encode(
-                x=alt.X("low:Q", title=None, scale=scale, axis=ticks),
-                x2="high:Q",
-                y=y,
-                yOffset=lane,
-                color=_color(rows),
-            ),
-            points.encode(
-                x=alt.X("speedup:Q", title=None, scale=scale, axis=ticks),
-                y=y,
-                yOffset=lane,
-                color=_color(rows),
-                shape=_shape(rows),
-            ),
-            width=150,
-            height=len(order) * (9 * lanes + 6),
-        )
-
-    return _panels(data, panel)
-
-
-def training(training: Sequence[Training]) -> Layered | None:
-    """Held-out tau against training seconds; None for fewer than two drafters with a tau."""
-    data = pd.DataFrame(
-        [
-            {"label": plain(one.method), "seconds": training_seconds(one), "tau": one.held_out_tau}
-            for one in training
-            if one.held_out_tau is not None
-        ]
+    data["lane"] = data.target.map(names.index) % lanes
+    lines = alt.Axis(grid=True, ticks=False, domain=False, labelLimit=130)
+    y = alt.Y("category:N", title=None, scale=alt.Scale(domain=order), axis=lines)
+    lane = alt.YOffset("lane:O", scale=alt.Scale(domain=list(range(lanes)), paddingOuter=0.6))
+    middle, low = (_ratio_axis(name, data[["speedup", "low", "high"]]) for name in ("speedup", "low"))
+    base, color = alt.Chart(data), _color(rows)
+    whole = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, clip=True)
+    points = base.mark_point(filled=True, size=40, opacity=1)
+    layers = alt.layer(
+        base.transform_aggregate(n="count()", groupby=["method"]).mark_rule(color=INK).encode(x=alt.XDatum(1)),
+        whole.encode(x=low, x2="high:Q", y=y, yOffset=lane, color=color),
+        points.encode(x=middle, y=y, yOffset=lane, color=color, shape=_shape(rows)),
     )
-    if len(data) < 2:
+    return _panels(layers.properties(width=150, height=len(order) * (9 * lanes + 6)), data)
+
+
+def _ratio_axis(name: str, values: pd.DataFrame) -> alt.X:
+    """Speed-ups on a logarithmic scale around 1."""
+    least, most = _reach(values, "speedup")
+    low, high = min(least, 0.9) * 0.95, max(most, 1.1) * 1.05
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    axis = alt.Axis(values=RATIO_TICKS, format="~g", labelExpr=AS_RATIO, gridColor=GRID)
+    return alt.X(f"{name}:Q", title=None, scale=scale, axis=axis)
+
+
+def _panels(layers: Layered, data: pd.DataFrame) -> Layered:
+    """A small chart a method, in the plan's order."""
+    order = list(dict.fromkeys(data.method))
+    by_method = alt.Facet("method:N", sort=order, title=None)
+    panels: Layered = layers.facet(facet=by_method, columns=PANELS_PER_LINE, spacing=22).resolve_axis(x="independent")
+    return panels
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+
+def stack(bars: Mapping[str, Parts], title: str) -> Layered | None:
+    """A bar each, made of named parts; every part has one colour, and its name where there is room for it."""
+    if not bars:
         return None
-    x = alt.X(
-        "seconds:Q",
-        title="training, s (own steps, target's passes, writing the text)",
-        axis=alt.Axis(tickCount=6, grid=False),
-    )
-    y = alt.Y(
-        "tau:Q",
-        title="held-out τ, tokens per pass",
-        axis=alt.Axis(tickCount=5),
-        scale=alt.Scale(domain=_padded(data.tau, 0.2), nice=False),
-    )
+    width, longest = 760, max(sum(parts.values()) for parts in bars.values()) or 1.0
+    kinds = part_names(bars)
+    pieces = []
+    for bar, parts in bars.items():
+        at = 0.0
+        for kind in (kind for kind in kinds if parts.get(kind)):
+            end = at + parts[kind]
+            room = (end - at) / longest * width
+            on = ON_PART[kinds.index(kind) % 2]
+            name = kind if text_width(kind) + 8 < room else ""
+            pieces.append({"bar": bar, "part": kind, "from": at, "to": end, "name": name, "on": on})
+            at = end
+    data = pd.DataFrame(pieces, columns=["bar", "part", "from", "to", "name", "on"])
+    data["middle"] = (data["from"] + data["to"]) / 2
+    scale = alt.Scale(domain=[0, longest], nice=False)
+    x = alt.X("from:Q", title=title, scale=scale, axis=alt.Axis(tickCount=8))
+    y = alt.Y("bar:N", title=None, sort=list(bars), axis=alt.Axis(labelLimit=260, ticks=False, domain=False))
+    colors = alt.Scale(domain=kinds, range=[PARTS[index % len(PARTS)] for index in range(len(kinds))])
     base = alt.Chart(data)
-    points = base.mark_point(filled=True, size=80, color=SERIES[0], opacity=1).encode(x=x, y=y)
-    names = base.mark_text(color=INK, fontSize=12, dy=-12).encode(x=x, y=y, text="label:N")
-    return alt.layer(points, names, width=560, height=200)
-
-
-def svg(chart: alt.TopLevelMixin, name: str, title: str, description: str) -> str:
-    """The chart as one inline `<svg role="img">`, its ids made unique by `name`, no script and nothing to load."""
-    spec = (
-        chart.properties(background="transparent")
-        .configure(
-            aria=False,
-            font=FONT,
-            view=alt.ViewConfig(stroke=None),
-            axis=alt.AxisConfig(
-                labelColor=MUTED,
-                titleColor=INK,
-                gridColor=GRID,
-                domainColor=MUTED,
-                tickColor=MUTED,
-                labelFontSize=11,
-                titleFontSize=12,
-                titleFontWeight="normal",
-                titlePadding=8,
-            ),
-            title=alt.TitleConfig(color=INK, fontSize=12, anchor="start", frame="group", offset=6),
-        )
-        .to_dict()
+    whole = base.mark_bar(stroke=PAPER, strokeWidth=1, height=BAR_PX - 8).encode(
+        x=x, x2="to:Q", y=y, color=alt.Color("part:N", scale=colors, legend=None)
     )
-    root = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec))
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.set(key, f"{name}-{value}")
-            elif value.startswith("url(#"):
-                element.set(key, value.replace("url(#", f"url(#{name}-", 1))
-    root.attrib.pop("version", None)
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{name}-title {name}-desc")
-    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, id=f"{name}-{tag}")
-        element.text = text
-        root.insert(position, element)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
-
-
-def _panels(data: pd.DataFrame, panel: Callable[[pd.DataFrame, bool], Layered]) -> alt.ConcatChart:
-    """A small chart a method, in the plan's order; `panel` is told whether it stands in the first column."""
-    methods = list(dict.fromkeys(data.method))
-    title = alt.TitleParams
-    charts = [
-        panel(data[data.method == name], index % PANELS_PER_LINE == 0).properties(title=title(name, limit=190))
-        for index, name in enumerate(methods)
+    names = [
+        alt.Chart(data[(data.on == color) & (data.name != "")])
+        .mark_text(color=color, fontSize=11)
+        .encode(x=alt.X("middle:Q", scale=scale), y=y, text="name:N")
+        for color in ON_PART
     ]
-    return alt.concat(*charts, columns=PANELS_PER_LINE, spacing=22)
+    return alt.layer(whole, *names, width=width, height=BAR_PX * len(bars))
+
+
+def part_names(bars: Mapping[str, Parts]) -> list[str]:
+    """All parts that can be seen in some bar, in their own order."""
+    names = dict.fromkeys(name for parts in bars.values() for name in parts)
+    wholes = [(parts, sum(parts.values())) for parts in bars.values()]
+    return [name for name in names if any(parts.get(name, 0.0) > NEGLIGIBLE * whole for parts, whole in wholes)]
+
+
+def training(training: Sequence[Training], rows: Sequence[Row]) -> Layered | None:
+    """What a drafter's training bought: speed-up of every cell that used it, against its seconds of training."""
+    paid = {one.method: training_seconds(one) for one in training}
+    placed = [row for row in rows if row.cell.method in paid and row.speedup is not None]
+    if len({row.cell.method for row in placed}) < 2:
+        return None
+    gains = [row.speedup.value for row in placed if row.speedup]
+    data = _placed(placed, rows, [paid[row.cell.method] for row in placed], gains)
+    left, x1 = padded(data.x.tolist(), 0.2)
+    x0, (y0, y1) = max(left, 0.0), (min(0.9, float(data.y.min()) * 0.9), max(1.1, float(data.y.max()) * 1.1))
+    title = "training, s (own steps, target's passes, writing the text)"
+    x = alt.X("x:Q", title=title, axis=alt.Axis(tickCount=6, grid=False), scale=_exactly(x0, x1))
+    ticks = alt.Axis(tickCount=5, labelExpr=AS_RATIO)
+    y = alt.Y("y:Q", title="speed-up in this run", axis=ticks, scale=_exactly(y0, y1))
+    even = alt.Chart(pd.DataFrame([{"y": 1.0}])).mark_rule(color=INK, strokeWidth=1.2).encode(y=y)
+    return _cloud(data, x, y, [], [even], rows, (760, 260), (x0, x1), (y0, y1))
+
+
+# --- what tells targets apart -----------------------------------------------------------------------------------------
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
@@ -270,6 +333,10 @@ def targets(rows: Sequence[Row]) -> list[str]:
 
 def _target(row: Row, rows: Sequence[Row]) -> str:
     return target_name(row.cell, [other.cell for other in rows])
+
+
+def _speed(row: Row) -> float | None:
+    return row.decode_tokens_per_second
 
 
 def _color(rows: Sequence[Row]) -> alt.Color:
@@ -283,66 +350,3 @@ def _shape(rows: Sequence[Row]) -> alt.Shape:
 def _series(rows: Sequence[Row], marks: list[str]) -> alt.Scale:
     names = targets(rows)
     return alt.Scale(domain=names, range=[marks[index % len(marks)] for index in range(len(names))])
-
-
-def _padded(values: pd.Series[float], share: float) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    margin = share * ((high - low) or high)
-    return low - margin, high + margin
-
-
-def _equal_ratio_lines(x0: float, x1: float, y1: float, top: float) -> pd.DataFrame:
-    """Rays of equal tok/s per GiB at round numbers, clipped to the plot; the end inside the plot carries the name."""
-    step = 10 ** math.floor(math.log10(top / 4))
-    step *= next(nice for nice in (1, 2, 5, 10) if top / (step * nice) <= 7)
-    lines = []
-    for index in range(1, math.floor(1.3 * top / step) + 1):
-        ratio = step * index
-        right = min(x1, y1 / ratio)
-        if right > x0:
-            name = f"{ratio:g} tok/s per GiB"
-            lines.append({"ratio": ratio, "gib": max(x0, 0), "speed": ratio * max(x0, 0), "end": False, "name": name})
-            lines.append({"ratio": ratio, "gib": right, "speed": ratio * right, "end": True, "name": name})
-    return pd.DataFrame(lines, columns=["ratio", "gib", "speed", "end", "name"]).astype({"end": bool})
-
-
-Align = Literal["left", "center", "right"]
-Place = tuple[Align, float, float]
-Box = tuple[float, float, float, float]
-
-BESIDE: list[Place] = [("left", 9, 4), ("right", -9, 4), ("center", 0, -11), ("center", 0, 19)]
-FURTHER: list[Place] = [(align, dx, dy + by) for by in (-12, 12, -24, 24, -36, 36) for align, dx, dy in BESIDE[:2]]
-
-
-def _label_places(points: list[tuple[float, float]], labels: list[str], width: float, height: float) -> list[Place]:
-    """Where each point's name goes so that names cover neither points nor each other, as far as a greedy search can."""
-    near = [(x - 18, y - 8, x + 18, y + 8) for x, y in points]
-    taken: list[Box] = []
-    chosen = []
-    for own, ((x, y), label) in enumerate(zip(points, labels, strict=True)):
-        others = [*taken, *near[:own], *near[own + 1 :]]
-        costs = []
-        for place in (*BESIDE, *FURTHER):
-            box = _text_box(x, y, place, label)
-            costs.append((sum(_overlap(box, other) for other in others) + _outside(box, width, height), box, place))
-        _, box, place = min(costs, key=lambda cost: cost[0])
-        taken.append(box)
-        chosen.append(place)
-    return chosen
-
-
-def _text_box(x: float, y: float, place: Place, label: str) -> Box:
-    align, dx, dy = place
-    wide = 6.6 * len(label)
-    left = x + dx - {"left": 0.0, "center": 0.5, "right": 1.0}[align] * wide
-    return left, y + dy - 11, left + wide, y + dy + 3
-
-
-def _overlap(one: Box, two: Box) -> float:
-    across = min(one[2], two[2]) - max(one[0], two[0])
-    down = min(one[3], two[3]) - max(one[1], two[1])
-    return max(across, 0) * max(down, 0)
-
-
-def _outside(box: Box, width: float, height: float) -> float:
-    return 1000.0 * (box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height)

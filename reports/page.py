@@ -1,15 +1,19 @@
-"""One self-contained HTML page from result files: no script, no network, every text escaped.
+"""One self-contained HTML page from result files: nothing is loaded, every text is escaped.
 
-Charts are drawn to SVG here, so the page obeys `default-src 'none'` and can be e-mailed, archived and printed.
+Charts are drawn to SVG here. The page's own style and script are the only ones that its content-security policy allows,
+by their hashes, so it can be e-mailed, archived and printed, and what a model wrote can never run.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,11 @@ import jinja2
 from markupsafe import Markup
 
 from harness.metrics import REPEAT_NGRAM, Row, summary
-from harness.results import Run, Trial
+from harness.results import Run
 from harness.stats import PROMPTS_LIKE_THESE, THESE_PROMPTS, Interval
-from reports import certainty, charts, tables, words
+from reports import certainty, charts, draw, leaderboard, parts, rounds, tables, texts, words
 
-TOKEN_VIEW_PROMPTS = 4
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -46,180 +50,196 @@ class Strip:
         return min(self.one, self.point), round(abs(self.point - self.one), 1)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Tokens that entered the text together; pass 0 is the prompt's own, which gives the first token."""
+def render(runs: Sequence[Run], summaries: Sequence[list[Row]] | None = None) -> str:
+    """The page as HTML. Each run has a part of its own; several also share a leaderboard, as far as they are alike.
 
-    number: int
-    tokens: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    label: str
-    note: str
-    passes: tuple[Pass, ...]
-    text: str
-    "the whole text, for a file that does not hold the text of each token"
-
-
-@dataclass(frozen=True)
-class PromptView:
-    title: str
-    answers: tuple[Answer, ...]
-
-
-def render(runs: Sequence[Run]) -> str:
-    """The page as HTML. Runs stay apart, each with its own tables: unlike hosts are never compared."""
+    `summaries` is what `summary` says of each run, where the caller knows it already.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    views = [view(run, f"r{index}") for index, run in enumerate(runs)]
-    return environment.get_template("template.html.j2").render(
-        runs=views, t=tables, these=THESE_PROMPTS, like=PROMPTS_LIKE_THESE, ngram=REPEAT_NGRAM
+    known = [summary(run) for run in runs] if summaries is None else summaries
+    views = [view(run, rows, f"r{index}") for index, (run, rows) in enumerate(zip(runs, known, strict=True))]
+    return environment.get_template("page.html.j2").render(
+        runs=views,
+        boards=leaderboard.boards(runs, known),
+        title="; ".join(
+            f"{'SYNTHETIC: ' * one['synthetic']}{one['manifest'].model} on {one['device']}" for one in views
+        ),
+        t=tables,
+        rounds=rounds,
+        these=THESE_PROMPTS,
+        like=PROMPTS_LIKE_THESE,
+        ngram=REPEAT_NGRAM,
+        most_trials=texts.MOST_TRIALS,
+        most_tokens=texts.MOST_TOKENS,
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        policy=policy(),
     )
 
 
-def write(run: Run) -> Path:
-    """Write `report.html` into the run's directory, whole or not at all."""
-    path = run.directory / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(render([run]), encoding="utf-8")
+def write(runs: Sequence[Run], path: Path, summaries: Sequence[list[Row]] | None = None) -> Path:
+    """Write the page, whole or not at all; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(render(runs, summaries), encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
-def view(run: Run, name: str) -> dict[str, Any]:
+def policy() -> str:
+    """Only this page's own style and script, and nothing from anywhere."""
+    style, script = (
+        base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode() for name in ("page.css", "page.js")
+    )
+    allowed = f"style-src 'sha256-{style}'; script-src 'sha256-{script}'"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+
+
+@cache
+def _asset(name: str) -> Markup:
+    # Safe as markup: a file of this package. Line ends as the browser will hash them.
+    return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def view(run: Run, rows: list[Row], name: str) -> dict[str, Any]:
     """What the template shows of one run; `name` keeps the ids of several runs apart."""
-    rows = summary(run)
-    device = _device(run)
+    good = parts.good_trials(run)
+    pictures = figures(run, rows, name)
+    answers = texts.answers(run)
+    where = words.device(run)
     strip = _strips([row.speedup for row in rows if row.speedup])
-
-    def figure(kind: str, title: str, chart: alt.TopLevelMixin | None, takeaway: Callable[[], str]) -> Figure | None:
-        if chart is None:
-            return None
-        mark = "SYNTHETIC: " * any(row.synthetic for row in rows)
-        title, line = mark + title, mark + takeaway()
-        # Safe as markup: charts.svg parsed it as XML and wrote it out again, so every text in it is escaped.
-        return Figure(Markup(charts.svg(chart, f"{name}-{kind}", title, line)), line)
-
-    training = run.manifest.training
-    return {
+    groups = tables.grouped(rows)
+    return pictures | {
         "name": name,
         "manifest": run.manifest,
-        "device": device,
+        "device": where,
         "rows": rows,
-        "groups": tables.grouped(rows),
+        "groups": groups,
+        "pareto": tables.pareto(rows),
+        "by_category": {row.cell.id: parts.by_category(good.get(row.cell.id, []), row) for row in rows},
+        "filters": _filters(run, rows),
         "strips": {row.cell.id: strip(row.speedup) for row in rows if row.speedup},
         "synthetic": any(row.synthetic for row in rows),
-        "answers": [*words.fitting(rows, run.manifest.vram_budget_bytes), *words.answers(rows, device)],
+        "answers": words.sentences(run, rows),
         "against_itself": words.against_itself(rows),
+        "contents": _contents(pictures),
         "changed_targets": words.changed_targets(run),
         "certainty": list(certainty.lines(run, rows)),
-        "scatter": figure(
-            "scatter", "Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)
-        ),
-        "acceptance": figure(
-            "acceptance", "Acceptance by depth", charts.acceptance(rows), lambda: words.acceptance_line(rows)
-        ),
-        "categories": figure(
-            "categories", "Speed-up by category", charts.categories(rows), lambda: words.category_line(rows)
-        ),
-        "training": figure(
-            "training",
-            "Held-out tau against training seconds",
-            charts.training(training),
-            lambda: words.training_line(training),
-        ),
-        "legend": [
-            (name, charts.GLYPHS[index % len(charts.GLYPHS)], index % len(charts.GLYPHS))
-            for index, name in enumerate(charts.targets(rows))
-        ],
         "training_seconds": words.training_seconds,
         "peaks": sorted({row.peak_kind for row in rows if row.peak_bytes}),
-        "token_view": token_view(run, rows),
+        "token_view": texts.token_view(run, rows, answers),
+        "verdicts": [(target, row) for target, group in groups for row in group if row.trials_ok],
+        "divergences": texts.divergences(rows, answers),
         "host": dict(_flat(run.manifest.host)),
         "plan": _plan(run),
         "warnings": tables.warnings(run, rows),
     }
 
 
-def token_view(run: Run, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The first prompts of the target that most methods finished; None where no trial has a text."""
-    trials = {
-        (t.cell.id, t.prompt_id, t.turn): t for t in reversed(run.rows) if t.outcome == "ok" and t.text is not None
-    }
-    groups = [
-        (target, [row for row in group if any(key[0] == row.cell.id for key in trials)])
-        for target, group in tables.grouped(rows)
-    ]
-    target, group = max(groups, key=lambda pair: len(pair[1]), default=("", []))
-    ids = {row.cell.id for row in group}
-    prompts = list(
-        dict.fromkeys(
-            (t.prompt_id, t.turn, t.category)
-            for t in run.rows
-            if (t.cell.id, t.prompt_id, t.turn) in trials and t.cell.id in ids
-        )
-    )
-    if not prompts:
-        return None
-    views = []
-    for prompt_id, turn, category in prompts[:TOKEN_VIEW_PROMPTS]:
-        shown = [(row, trials.get((row.cell.id, prompt_id, turn))) for row in group]
-        answers = tuple(_answer(row, trial) for row, trial in shown if trial)
-        title = f"{prompt_id}, {category}" + (f", turn {turn + 1}" if run.manifest.turns > 1 else "")
-        views.append(PromptView(tables.plain(title), answers))
+Drawn = tuple[str, alt.TopLevelMixin | None, Callable[[], str]]
+"title, chart, the line that says what it shows"
+
+
+def drawings(run: Run, rows: Sequence[Row]) -> tuple[dict[str, Drawn], dict[str, parts.Bars]]:
+    """(charts by name, what the stacked ones are made of)."""
+    bars = parts.stacks(rows)
+    training = run.manifest.training
     return {
-        "target": target,
-        "prompts": views,
-        "left_out": len(prompts) - len(views),
-        "other_targets": [name for name, _ in groups if name != target],
+        "scatter": ("Decode speed against peak memory", charts.scatter(rows), lambda: words.scatter_line(rows)),
+        "categories": ("Speed-up by category", charts.categories(rows), lambda: words.category_line(rows)),
+        "phases": (
+            "Where a pass's time goes",
+            charts.stack(bars["phases"], "a pass, ms"),
+            lambda: words.phases_line(bars["phases"]),
+        ),
+        "memory": (
+            "Peak memory by its parts",
+            charts.stack(bars["memory"], "peak memory, GiB"),
+            lambda: words.memory_line(bars["memory"]),
+        ),
+        "acceptance": ("Acceptance by depth", charts.acceptance(rows), lambda: words.acceptance_line(rows)),
+        "tau": ("Speed-up against tokens per pass", charts.tau(rows), lambda: words.tau_line(rows)),
+        "training": (
+            "Speed-up against training seconds",
+            charts.training(training, rows),
+            lambda: words.training_line(training, rows),
+        ),
+    }, bars
+
+
+def figures(run: Run, rows: Sequence[Row], name: str) -> dict[str, Any]:
+    """The charts as inline SVG, None where there is nothing to draw, and their legends."""
+    drawn, bars = drawings(run, rows)
+
+    def figure(kind: str, title: str, chart: alt.TopLevelMixin | None, takeaway: Callable[[], str]) -> Figure | None:
+        if chart is None:
+            return None
+        mark = "SYNTHETIC: " * any(row.synthetic for row in rows)
+        title, line = mark + title, mark + takeaway()
+        # Safe as markup: draw.svg parsed it as XML and wrote it out again, so every text in it is escaped.
+        return Figure(Markup(draw.svg(chart, f"{name}-{kind}", title, line)), line)
+
+    def legend(names: Sequence[str], glyphs: Sequence[str]) -> list[tuple[str, str, int]]:
+        return [(name, glyphs[index % len(glyphs)], index % len(glyphs)) for index, name in enumerate(names)]
+
+    squares = ["■"] * len(draw.PARTS)
+    return {kind: figure(kind, *each) for kind, each in drawn.items()} | {
+        "legend": legend(charts.targets(rows), draw.GLYPHS),
+        "phase_legend": legend(charts.part_names(bars["phases"]), squares),
+        "memory_legend": legend(charts.part_names(bars["memory"]), squares),
     }
 
 
-def _answer(row: Row, trial: Trial) -> Answer:
-    committed, texts = trial.committed or [], trial.token_texts
-    tokens, count = len(trial.new_tokens or ()), len(committed)
-    tau = f", τ {(tokens - 1) / count:.2f}" if count else ""
-    passes: list[Pass] = []
-    if texts:
-        ends = [1]
-        for size in committed:
-            ends.append(ends[-1] + size)
-        starts = [0, *ends[:-1]]
-        passes = [
-            Pass(number, end - start, "".join(texts[start:end]))
-            for number, (start, end) in enumerate(zip(starts, ends, strict=True))
-            if end > start
-        ]
-    return Answer(
-        tables.plain(row.cell.label), f"{tokens} tokens in {count} passes{tau}", tuple(passes), trial.text or ""
-    )
+CONTENTS = {
+    "results": "Results",
+    "memory-speed": "Speed against memory",
+    "categories": "Categories",
+    "time": "Where time goes",
+    "memory": "Memory",
+    "acceptance": "Acceptance",
+    "tau": "τ and speed-up",
+    "training": "Training",
+    "texts": "Texts",
+    "lossless": "Losslessness",
+    "host": "Host and plan",
+}
+
+
+def _contents(pictures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    absent = {anchor for anchor, kind in (("time", "phases"), ("memory", "memory")) if pictures[kind] is None}
+    return [(anchor, heading) for anchor, heading in CONTENTS.items() if anchor not in absent]
+
+
+def _filters(run: Run, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """What the table can be cut down to, where there is a choice."""
+    choices = {
+        "bits": [tables.bits_name(row.cell.bits) for row in rows],
+        "runtime": [row.cell.runtime for row in rows],
+        "category": [trial.category for trial in run.rows if trial.outcome == "ok"],
+    }
+    return {name: list(dict.fromkeys(found)) for name, found in choices.items() if len(set(found)) > 1}
 
 
 def _strips(intervals: Sequence[Interval]) -> Callable[[Interval], Strip]:
+    values = [each.value for each in intervals]
+    least, most = min([0.8, *values]) / charts.WIDEST, max([1.25, *values]) * charts.WIDEST
     ends = [end for each in intervals for end in (each.value, each.low, each.high) if end]
-    low, high = math.log(min([0.8, *ends])), math.log(max([1.25, *ends]))
+    low, high = math.log(max(min([0.8, *ends]), least)), math.log(min(max([1.25, *ends]), most))
 
     def at(value: float) -> float:
-        return round(100 * (math.log(value) - low) / (high - low), 1)
+        return min(max(round(100 * (math.log(value) - low) / (high - low), 1), 0.0), 100.0)
 
     def strip(interval: Interval) -> Strip:
         left, right = at(interval.low or interval.value), at(interval.high or interval.value)
         return Strip(left, round(right - left, 1), at(interval.value), at(1.0))
 
     return strip
-
-
-def _device(run: Run) -> str:
-    names = dict.fromkeys(trial.device_name for trial in run.rows if trial.device_name)
-    return tables.plain(", ".join(names or dict.fromkeys(cell.device for cell in run.manifest.cells)) or "no device")
 
 
 def _plan(run: Run) -> dict[str, str]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
+    from reports.parts import CategoryLine
+
 NOTHING = "\N{EN DASH}"
 WIDE_COLUMNS = 100
 NUMERIC = ("tok/s", "τ", "peak GiB", "tok/s per GiB")
@@ -272,7 +274,7 @@ def span(interval: Interval | None) -> str:
     return f"({interval.low:.2f} to {interval.high:.2f})"
 
 
-def acceptance(row: Row, depths: int = 5) -> str:
+def acceptance(row: Row | CategoryLine, depths: int = 5) -> str:
     shares = [number(depth.probability, 2) for depth in row.acceptance]
     return " ".join(shares[:depths] + ["…"] * (len(shares) > depths)) or NOTHING
 
@@ -325,6 +327,20 @@ def throttled(run: Run) -> list[str]:
         f"The device was throttled around {len(hit)} of {len(reasons)} trials ({named}): it ran slower than it can, "
         "and unevenly. Cool it, raise its power limit, or lock its clocks, and measure again."
     ]
+
+
+def pareto(rows: Sequence[Row]) -> set[str]:
+    """Ids of the cells that no other of the same runtime, device and context beats in both speed and peak memory."""
+    front: set[str] = set()
+    fastest: dict[tuple[str, str, int | None], float] = {}
+    known = [row for row in rows if row.tokens_per_second_per_gib is not None]
+    for row in sorted(known, key=lambda row: (row.peak_bytes or 0, -(row.decode_tokens_per_second or 0))):
+        speed = row.decode_tokens_per_second or 0.0
+        rivals = (row.cell.runtime, row.cell.device, row.cell.context)
+        if speed > fastest.get(rivals, 0.0):
+            fastest[rivals] = speed
+            front.add(row.cell.id)
+    return front
 
 
 def number(value: float | None, digits: int) -> str:

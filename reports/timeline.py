@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from harness.history import Series
 from harness.steps import FEWEST_RUNS
-from reports import charts
+from reports import draw
 from reports.tables import plain
 
 TITLES = {"tau": "τ, tokens per pass", "speedup": "speed-up over plain decoding", "peak_bytes": "peak memory, GiB"}
@@ -80,7 +80,7 @@ def panel(series: Series, name: str) -> Panel:
         Change(commit(series, step.at), commit(series, step.at - 1), f"{100 * (step.change - 1):+.2f} %")
         for step in steps
     )
-    return Panel(title, note, Markup(charts.svg(chart(series), name, title, note)), changes)
+    return Panel(title, note, Markup(draw.svg(chart(series), name, title, note)), changes)
 
 
 def commit(series: Series, index: int) -> str:
@@ -91,7 +91,7 @@ def commit(series: Series, index: int) -> str:
     return plain(point.commit[:9] + "+" * point.commit.endswith("+"))
 
 
-def chart(series: Series) -> charts.Layered:
+def chart(series: Series) -> draw.Layered:
     factor = UNITS.get(series.metric, 1.0)
     data = pd.DataFrame(
         [
@@ -122,9 +122,9 @@ def chart(series: Series) -> charts.Layered:
     y = alt.Y("value:Q", title=TITLES[series.metric], axis=alt.Axis(tickCount=5), scale=scale)
     base = alt.Chart(data)
     layers: list[alt.Chart] = [
-        base.mark_rule(color=charts.SERIES[0], opacity=0.4).encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q"),
-        base.mark_line(color=charts.SERIES[0], opacity=0.5).encode(x=x, y=y),
-        base.mark_point(color=charts.SERIES[0], filled=True, size=36, opacity=1).encode(x=x, y=y),
+        base.mark_rule(color=draw.SERIES[0], opacity=0.4).encode(x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q"),
+        base.mark_line(color=draw.SERIES[0], opacity=0.5).encode(x=x, y=y),
+        base.mark_point(color=draw.SERIES[0], filled=True, size=36, opacity=1).encode(x=x, y=y),
     ]
     marks = pd.DataFrame(
         [{"run": step.at - 0.5, "text": f"{100 * (step.change - 1):+.1f} %"} for step in series.steps],
@@ -132,10 +132,8 @@ def chart(series: Series) -> charts.Layered:
     )
     if len(marks):
         lines = alt.Chart(marks)
-        layers.append(lines.mark_rule(color=charts.SERIES[1], strokeDash=[4, 3]).encode(x=x))
+        layers.append(lines.mark_rule(color=draw.SERIES[1], strokeDash=[4, 3]).encode(x=x))
         layers.append(
-            lines.mark_text(color=charts.INK, align="left", dx=4, fontSize=11).encode(
-                x=x, y=alt.value(8), text="text:N"
-            )
+            lines.mark_text(color=draw.INK, align="left", dx=4, fontSize=11).encode(x=x, y=alt.value(8), text="text:N")
         )
     return alt.layer(*layers, width=WIDTH, height=HEIGHT)

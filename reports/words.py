@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from harness.intervals import Control, controls
 from harness.metrics import GIB, Row
 from harness.results import Quality, Run, Training
 from harness.stats import Interval
-from reports.tables import bits_name, gib, grouped, number, plain, target_name, times
+from reports.parts import Parts
+from reports.tables import bits_name, gib, grouped, number, pareto, plain, target_name, times
 
+MOST_NAMES = 6
 UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
+
+
+def device(run: Run) -> str:
+    """The names of what it ran on."""
+    names = dict.fromkeys(trial.device_name for trial in run.rows if trial.device_name)
+    return plain(", ".join(names or dict.fromkeys(cell.device for cell in run.manifest.cells)) or "no device")
+
+
+def sentences(run: Run, rows: Sequence[Row]) -> list[str]:
+    """The whole answer: what fits a memory budget, where there is one, and what is fastest."""
+    return [*fitting(rows, run.manifest.vram_budget_bytes), *answers(rows, device(run))]
 
 
 def answers(rows: Sequence[Row], device: str) -> list[str]:
@@ -152,6 +165,13 @@ def _changed(one: Quality) -> str:
 
 
 def scatter_line(rows: Sequence[Row]) -> str:
+    many, on_front = len(grouped(rows)) > 1, pareto(rows)
+    front = [
+        plain(row.cell.label) + f" in {target}" * many
+        for target, group in grouped(rows)
+        for row in group
+        if row.cell.id in on_front
+    ]
     placed = [(row, target) for target, group in grouped(rows) for row in group if row.tokens_per_second_per_gib]
     densest, densest_target = max(placed, key=lambda pair: pair[0].tokens_per_second_per_gib or 0)
     fastest, fastest_target = max(placed, key=lambda pair: pair[0].decode_tokens_per_second or 0)
@@ -159,8 +179,36 @@ def scatter_line(rows: Sequence[Row]) -> str:
         f"Most for its memory: {plain(densest.cell.label)} in {densest_target}, "
         f"{number(densest.tokens_per_second_per_gib, 1)} tok/s per GiB. "
         f"Highest speed: {plain(fastest.cell.label)} in {fastest_target}, "
-        f"{number(fastest.decode_tokens_per_second, 1)} tok/s in {number(gib(fastest.peak_bytes), 3)} GiB."
+        f"{number(fastest.decode_tokens_per_second, 1)} tok/s in {number(gib(fastest.peak_bytes), 3)} GiB. "
+        f"Pareto front: {_listed(front)}."
     )
+
+
+def tau_line(rows: Sequence[Row]) -> str:
+    each = [(row.break_even_tau, row) for row in rows if row.break_even_tau is not None]
+    lost = [plain(row.cell.label) for cost, row in each if row.tau and row.tau < cost]
+    (least, cheap), (most, dear) = (pick(each, key=lambda pair: pair[0]) for pick in (min, max))
+    text = f"A pass of {plain(cheap.cell.label)} costs {times(least)} a pass of plain decoding"
+    text += f", of {plain(dear.cell.label)} {times(most)}" * (cheap is not dear)
+    text += ": what τ must exceed. "
+    if not lost:
+        return f"{text}All are above break-even."
+    return f"{text}{_listed(lost)} put fewer tokens in the text per pass than a pass costs, and lose."
+
+
+def phases_line(bars: Mapping[str, Parts]) -> str:
+    shares = [
+        (parts[name] / sum(parts.values()), name, bar) for bar, parts in bars.items() for name in parts if parts[name]
+    ]
+    share, name, bar = max(shares)
+    return f"Largest share: {100 * share:.0f} % of a pass of {bar} is {name}."
+
+
+def memory_line(bars: Mapping[str, Parts]) -> str:
+    most, bar = max((parts.get("drafter", 0.0), bar) for bar, parts in bars.items())
+    if not most:
+        return "Nothing here has a drafter of its own in memory."
+    return f"The largest drafter is {bar}'s, {number(most, 3)} of {number(sum(bars[bar].values()), 3)} GiB."
 
 
 def acceptance_line(rows: Sequence[Row]) -> str:
@@ -181,15 +229,17 @@ def category_line(rows: Sequence[Row]) -> str:
     )
 
 
-def training_line(training: Sequence[Training]) -> str:
-    known = [(one.held_out_tau, one) for one in training if one.held_out_tau is not None]
-    tau, best = max(known, key=lambda pair: pair[0])
-    cheapest = min((one for _, one in known), key=training_seconds)
-    text = f"{plain(best.method)} reaches the highest held-out τ, {tau:.2f}, after {training_seconds(best):,.0f} s"
-    if cheapest is best:
-        return f"{text}, and costs the least."
-    cost = f"{training_seconds(cheapest):,.0f} s for {cheapest.held_out_tau:.2f}"
-    return f"{text}; {plain(cheapest.method)} costs the least, {cost}."
+def training_line(training: Sequence[Training], rows: Sequence[Row]) -> str:
+    paid = {one.method: training_seconds(one) for one in training}
+    gains = [(row.speedup.value, row) for row in rows if row.speedup and row.cell.method in paid]
+    gain, best = max(gains, key=lambda pair: pair[0])
+    cheapest = min(paid, key=lambda name: paid[name])
+    label = plain(best.cell.label)
+    leads = f"{label} gains most" if gain > 1 else f"No trained drafter gains here; {label} comes nearest"
+    text = f"{leads}, {times(gain)}, after {paid[best.cell.method]:,.0f} s of training"
+    if cheapest == best.cell.method:
+        return f"{text}, the least that any took."
+    return f"{text}; {plain(cheapest)} took the least, {paid[cheapest]:,.0f} s."
 
 
 def training_seconds(one: Training) -> float:
@@ -220,4 +270,7 @@ def _overlap(one: Interval | None, two: Interval) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
+    """At most `MOST_NAMES` of them."""
+    if len(names) > MOST_NAMES:
+        names = [*names[: MOST_NAMES - 1], f"{len(names) - MOST_NAMES + 1} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

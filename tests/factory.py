@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.results import Cell, Judged, Manifest, Memory, Run, Trial
+from harness.results import Cell, Judged, Manifest, Memory, Run, Trial, append_trial, write_manifest
 
 MIB, GIB_BYTES = 2**20, 2**30
 
@@ -63,6 +63,15 @@ def failed(of: Cell, outcome: str = "oom", reason: str = "out of memory", **chan
         name: getattr(trial(of), name) for name in ("run", "order", "prompt_set", "prompt_id", "category", "turn")
     }
     return Trial(cell=of, outcome=outcome, reason=reason, **{"round": 0} | planned | changes)
+
+
+def written(of: Run, directory: Path) -> Path:
+    """The run's files, as the program writes them; the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_manifest(directory, of.manifest)
+    for each in of.rows:
+        append_trial(directory / "trials.jsonl", each)
+    return directory
 
 
 def run(*trials: Trial, directory: Path = Path("."), skipped_lines: int = 0, **changes: Any) -> Run:

@@ -80,7 +80,7 @@ def _rows() -> list[Any]:
 
 def write_readme() -> None:
     """Put the generated parts, and the picture, where they belong."""
-    from reports import charts
+    from reports import charts, draw
 
     path = ROOT / "README.md"
     text = path.read_text()
@@ -90,9 +90,8 @@ def write_readme() -> None:
     path.write_text(text)
     chart = charts.scatter(_rows())
     assert chart is not None
-    svg = charts.svg(chart, "readme", "Speed against memory", "Decode speed and peak memory of each method.")
-    alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1)
-    (ROOT / "docs" / "speed-against-memory.svg").write_text(alone)
+    svg = draw.svg(chart, "readme", "Speed against memory", "Decode speed and peak memory of each method.")
+    (ROOT / "docs" / "speed-against-memory.svg").write_text(draw.alone(svg))
 
 
 def test_the_decoder_that_contributing_shows_works(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import msgspec
 import pytest
 
 from harness import cli
-from harness.results import append_trial, write_manifest
 
 HEAVY = ("torch", "transformers", "pandas", "altair", "scipy", "huggingface_hub")
 
@@ -37,15 +37,47 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert not modules_after(*arguments).intersection(HEAVY)
 
 
-def test_what_only_reads_results_needs_no_torch(tmp_path: Path) -> None:
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
     run = factory.run(factory.trial(factory.cell()), factory.trial(factory.cell("echo")))
-    write_manifest(tmp_path, run.manifest)
-    for trial in run.rows:
-        append_trial(tmp_path / "trials.jsonl", trial)
-    assert "torch" not in modules_after("report", str(tmp_path))
-    assert (tmp_path / "report.html").is_file()
-    assert "torch" not in modules_after("compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "compared"))
+    return factory.written(run, tmp_path / "run")
+
+
+def test_what_only_reads_results_needs_no_torch(run_directory: Path, tmp_path: Path) -> None:
+    run = str(run_directory)
+    assert "torch" not in modules_after("report", run)
+    assert (run_directory / "report.html").is_file()
+    assert "torch" not in modules_after("compare", run, run, "--out", str(tmp_path / "compared"))
     assert (tmp_path / "compared" / "junit.xml").is_file()
+
+
+def test_report_tells_the_answer_without_colour_in_a_pipe(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(run_directory)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("In 32 bits on cuda, nothing is faster than plain decoding")
+    assert shown.rstrip().endswith("report.html")
+    assert "\x1b" not in shown
+
+
+def test_report_for_a_program_is_json_and_writes_nothing(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(run_directory), "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)[0]["rows"]] == ["ar", "echo"]
+    assert not (run_directory / "report.html").exists()
+
+
+def test_several_runs_make_one_page_and_a_folder_each(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, folder = tmp_path / "page.html", tmp_path / "files"
+    runs = [str(run_directory)] * 2
+    assert cli.main(["report", *runs, "--out", str(page), "--export", str(folder)]) == 0
+    assert page.read_text().count("<article") == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["1-synthetic", "2-synthetic"]
+    assert "--out" in mistake(capsys, "report", *runs)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +102,7 @@ def test_what_only_reads_results_needs_no_torch(tmp_path: Path) -> None:
         (("verify", "--bits", "16,32"), "one precision at a time"),
         (("verify", "--max-new-tokens", "-3"), "expected a whole number >= 1"),
         (("report", "/nowhere"), "is not a run"),
+        (("report",), "which run?"),
         (("history", "add", "/nowhere"), "is not a run"),
         (("history", "show", "--file", "/nowhere"), "no history /nowhere"),
         (("verify", "--samples", "0"), "--samples 0 draws nothing"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from harness.stats import (
     PROMPTS_LIKE_THESE,
@@ -102,3 +103,18 @@ def test_sides_of_different_length_are_refused() -> None:
 def test_scaling_moves_both_ends() -> None:
     assert Interval(2.0, 1.0, 4.0, "k").scaled(0.5) == Interval(1.0, 0.5, 2.0, "k")
     assert Interval(2.0, None, None, "k").scaled(0.5) == Interval(1.0, None, None, "k")
+
+
+def test_the_bootstrap_is_scipys() -> None:
+    rng = np.random.default_rng(3)
+    over, under = rng.random(40) + 1, rng.random(40) + 1
+    found = bootstrap_over_prompts(over, under)
+    expected = scipy_stats.bootstrap(
+        (over, under),
+        lambda a, b, axis=-1: a.sum(axis) / b.sum(axis),
+        n_resamples=4999,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))

@@ -130,6 +130,17 @@ def test_a_row_adds_up(rows: dict[str, list[Trial]]) -> None:
         assert trial.energy_joules is None
 
 
+def test_what_was_drafted_is_accepted_or_told_as_rejected(rows: dict[str, list[Trial]]) -> None:
+    told = 0
+    for trial in (trial for trials in rows.values() for trial in trials):
+        counts = zip(trial.rejected or (), trial.drafted or (), trial.accepted or (), strict=True)
+        for rejected, drafted, accepted in list(counts)[:-1]:
+            assert len(rejected) == drafted - accepted
+            told += len(rejected)
+        assert all(not passes for passes in trial.rejected or ()) or trial.cell.method != "ar"
+    assert told > 0
+
+
 def test_the_greedy_text_does_not_depend_on_the_method(rows: dict[str, list[Trial]]) -> None:
     def texts(label: str) -> list[list[int] | None]:
         return [trial.new_tokens for trial in rows[label]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import subprocess
@@ -15,25 +17,29 @@ from factory import cell, failed, run, trial
 from rich.console import Console
 
 from harness.errors import UserError
-from harness.metrics import summary
-from harness.results import Run, Training, Trial
+from harness.metrics import GIB, summary
+from harness.results import Memory, Run, Training, Trial
 from harness.stats import PROMPTS_LIKE_THESE
+from reports import charts, draw, parts, tables, texts
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
+from reports.texts import token_view
 from reports.words import answers, fitting
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7*7 }}&amp;</style>|`*_"""
 SECTIONS = [
-    *("Results", "Speed against memory", "Acceptance by depth", "Speed-up by category", "What training cost"),
-    *("What was written, pass by pass", "Where and how it ran", "How every number is defined"),
+    *("Results", "Speed against memory", "Speed-up by category", "Where a pass's time goes", "Memory by its parts"),
+    *("Acceptance by depth", "Tokens per pass against speed-up", "What training cost, and gained"),
+    *("What was written, pass by pass", "Is it still the target's text?", "Where and how it ran"),
+    "How every number is defined",
 ]
 
 
 class Page(HTMLParser):
     """Tags with their attributes, text by tag, and that every tag is closed by its own end."""
 
-    VOID = frozenset(("meta", "br", "img", "link"))
+    VOID = frozenset(("meta", "br", "img", "link", "input"))
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -56,7 +62,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.text.append(data)
         for tag, kept in (("h2", self.headings), ("figcaption", self.captions), ("title", self.titles)):
             if self.open and self.open[-1] == tag:
@@ -77,6 +83,15 @@ def method_run(rounds: int = 3, method_seconds: float = 0.05, **changes: object)
             prompt_id=prompt,
             category=category,
             token_texts=[f" t{n}" for n in range(sum(committed) + 1)] if index == 0 else None,
+            rejected=[[" no", "\n", " never"] for _ in committed] if index == 0 and name != "ar" else None,
+            phase_seconds={"draft": 0.01, "verify": 0.2, "host": 0.02},
+            memory=Memory(
+                peak_allocated_bytes=GIB // 2,
+                load_bytes=GIB * 3 // 8,
+                weights_bytes=GIB // 4,
+                drafter_bytes=0,
+                cache_bytes=GIB // 8,
+            ),
         )
         for index in range(rounds)
         for prompt, category in (("p0", "writing"), ("p1", "code"))
@@ -95,29 +110,33 @@ def test_the_sections_stand_in_order() -> None:
     assert Page(render([method_run(training=[training(), training(method="eagle")])])).headings == SECTIONS
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing() -> None:
+def test_the_page_asks_for_nothing_and_runs_only_its_own_script() -> None:
     html = render([method_run(training=[training(), training(method="eagle", held_out_tau=3.0)])])
     page = Page(html)
-    policy = [
-        attrs for tag, attrs in page.tags if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
-    ]
-    assert [attrs["content"] for attrs in policy] == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
-    assert not {tag for tag, _ in page.tags} & {
-        "script",
-        "link",
-        "img",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-        "image",
-    }
+    (policy,) = (
+        attrs["content"] or ""
+        for tag, attrs in page.tags
+        if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "embed", "base", "image"}
     for _, attrs in page.tags:
-        assert not {"src", "href", "srcset", "action", "xlink:href"} & set(attrs)
+        assert not {"src", "srcset", "action", "xlink:href", "style"} & set(attrs)
+        assert (attrs.get("href") or "#").startswith("#")
         assert not any(name.startswith("on") for name in attrs)
     assert not re.search(r"@import|https?://(?!www\.w3\.org/2000/svg)", html)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", html))
+
+
+def test_every_link_leads_somewhere() -> None:
+    page = Page(render([method_run(), method_run()]))
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {(attrs["href"] or "")[1:] for _, attrs in page.tags if "href" in attrs} <= ids
 
 
 def test_every_figure_has_both_intervals_and_the_baseline_its_control() -> None:
@@ -138,6 +157,8 @@ def hostile_run() -> Run:
             category=f"{HOSTILE}{prompt}",
             text="".join(texts),
             token_texts=texts if prompt else None,
+            rejected=[[HOSTILE]] * (2 if name == "s3d" else 3),
+            phase_seconds={HOSTILE: 0.1},
             device_name=HOSTILE,
         )
         for name in ("ar", "s3d")
@@ -159,7 +180,8 @@ def hostile_run() -> Run:
 
 def test_hostile_text_stays_text() -> None:
     page = Page(render([hostile_run()]))
-    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe"}
+    assert sum(tag == "script" for tag, _ in page.tags) == 1, "the page's own"
+    assert not {tag for tag, _ in page.tags} & {"img", "iframe"}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
     assert "<script>alert(1)</script>" in page.words
     assert "{{ 7*7 }}" in page.words
@@ -191,9 +213,9 @@ def test_the_terminal_table_cuts_no_figure(width: int) -> None:
 
 def test_charts_are_images_with_a_name_and_a_description() -> None:
     page = Page(render([method_run(training=[training(), training(method="eagle")])]))
-    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("class") != "strip"]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
-    assert len(charts) == 4
+    assert len(charts) == 6, "two methods with a drafter are needed for the seventh"
     assert len(ids) == len(set(ids))
     for attrs in charts:
         assert attrs["role"] == "img"
@@ -204,7 +226,7 @@ def test_several_runs_stay_apart_and_share_no_id() -> None:
     page = Page(render([method_run(model="one"), method_run(model="two")]))
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert page.headings == SECTIONS[:-1] * 2 + SECTIONS[-1:]
+    assert page.headings == ["Leaderboard", *SECTIONS[:-1] * 2, SECTIONS[-1]]
 
 
 def test_an_empty_section_says_so_in_a_line() -> None:
@@ -236,7 +258,7 @@ def test_synthetic_trials_are_labelled_and_others_are_not() -> None:
     assert "SYNTHETIC" not in Page(render([measured])).words
     page = Page(render([run(*drawn)]))
     assert all("SYNTHETIC: " in line for line in (*page.captions, *page.titles))
-    assert len(page.captions) == 3
+    assert len(page.captions) == 6
     with pytest.raises(UserError, match="never put together"):
         render([run(*drawn[::2], *measured.rows[1::2])])
 
@@ -299,12 +321,109 @@ def answer(of: Run) -> str:
     return answers(summary(of), "toy")[0]
 
 
-def test_each_pass_is_one_box_in_the_token_view() -> None:
-    page = Page(render([method_run()]))
-    boxes = [attrs["title"] for tag, attrs in page.tags if tag == "span" and "title" in attrs]
-    s3d = ["the prompt's pass: 1 token", "pass 1: 3 tokens", "pass 2: 1 token", "pass 3: 2 tokens"]
-    assert [title for title in boxes if title in s3d].count("pass 1: 3 tokens") == 2, "one for each prompt"
+def test_the_token_view_tells_drafts_from_the_targets_own_tokens() -> None:
+    view = token_view(of := method_run(), summary(of), texts.answers(of))
+    assert view is not None
+    assert [answer.label for answer in view.prompts[0].answers] == ["s3d", "ar"], "the fastest first"
+    passes = view.prompts[0].answers[0].passes
+    assert [[token.depth for token in each.tokens] for each in passes] == [[0], [1, 2, 0], [0], [1, 0]]
+    assert passes[1].told == "pass 1: 3 tokens; 4 drafted, 2 accepted; rejected: « no» «↵» « never»"
+    assert passes[0].told == "the prompt's own pass: 1 token"
+    page = Page(render([of]))
+    assert [attrs["data-t"] for _, attrs in page.tags if "data-t" in attrs].count(passes[1].told) == 2
     assert "".join(f" t{n}" for n in range(7)) in page.words
+
+
+def test_a_clipped_pass_has_no_token_of_the_targets_own() -> None:
+    clipped = trial(cell("s3d"), [3, 2], accepted=[2, 4], token_texts=list("abcdef"))
+    view = token_view(of := run(clipped), summary(of), texts.answers(of))
+    assert view is not None
+    assert [token.depth for token in view.prompts[0].answers[0].passes[-1].tokens] == [1, 2]
+
+
+def test_a_divergence_shows_what_was_agreed_and_both_ways_on() -> None:
+    pieces = [" a", " b", " c", " d"]
+    base = trial(cell("ar"), tokens=[1, 2, 3, 4], token_texts=pieces)
+    other = trial(cell("s3d"), tokens=[1, 2, 9, 4], token_texts=[*pieces[:2], " x", " d"])
+    (found,) = texts.divergences(summary(of := run(base, other)), texts.answers(of))
+    assert (found.position, found.before, found.expected, found.written) == (2, " a b", " c d", " x d")
+    assert "after 2 equal tokens" in Page(render([of])).words
+
+
+def test_parts_of_a_pass_add_up_to_its_time() -> None:
+    (row,) = summary(run(trial(cell("s3d"), [2, 2], 0.1, phase_seconds={"draft": 0.05, "verify": 0.1})))
+    found = parts.phases(row)
+    assert found is not None
+    assert found["draft"] == pytest.approx(25.0)
+    assert sum(found.values()) == pytest.approx(100.0)
+
+
+def test_parts_of_memory_are_those_of_the_peak() -> None:
+    held = Memory(peak_allocated_bytes=4 * GIB, load_bytes=7 * GIB // 2, weights_bytes=2 * GIB, drafter_bytes=GIB)
+    (row,) = summary(run(trial(cell("s3d"), memory=msgspec.structs.replace(held, cache_bytes=GIB // 4))))
+    found = parts.memory(row)
+    assert found == {
+        "weights": 2,
+        "drafter": 1,
+        "KV cache": 0.25,
+        "graphs": 0,
+        "activations, workspace": 0.5,
+        "unattributed": 0.25,
+    }
+    assert parts.memory(summary(run(trial(cell("s3d"))))[0]) is None
+
+
+def test_a_run_that_took_nothing_apart_has_no_section_for_it() -> None:
+    bare = [msgspec.structs.replace(each, phase_seconds=None, memory=None) for each in method_run().rows]
+    headings = Page(render([run(*bare)])).headings
+    assert not {"Where a pass's time goes", "Memory by its parts"} & set(headings)
+
+
+def test_an_interval_that_says_nothing_does_not_flatten_the_charts() -> None:
+    """Two rounds that contradict each other give ends at thousands of times the value."""
+    paces = {"ar": (0.1, 0.2), "s3d": (0.2, 0.1)}
+    of = run(*(trial(cell(name), [1] * 4, paces[name][index], round=index) for index in (0, 1) for name in paces))
+    (_, row) = summary(of)
+    assert row.speedup is not None
+    assert row.speedup.high is not None
+    assert row.speedup.high > 1000
+    chart = charts.tau([row])
+    assert chart is not None
+    domains = [
+        layer["encoding"]["y"]["scale"]["domain"] for layer in draw.spec(chart)["layer"] if "y" in layer["encoding"]
+    ]
+    assert max(top for _, top in domains) < 5
+    strips = [attrs for tag, attrs in Page(render([of])).tags if tag == "rect" and attrs.get("class") == "bar"]
+    assert [(attrs["x"], attrs["width"]) for attrs in strips] == [("0.0%", "100.0%")]
+
+
+def test_parts_keep_their_order_and_lose_what_nobody_sees() -> None:
+    bars = {
+        "ar": {"weights": 2.0, "drafter": 0.0, "KV cache": 1.0},
+        "s3d": {"weights": 2.0, "drafter": 1.0, "dust": 1e-4},
+    }
+    assert charts.part_names(bars) == ["weights", "drafter", "KV cache"]
+
+
+def test_the_pareto_front_is_what_nothing_beats_in_speed_and_memory() -> None:
+    each = {"a": (0.1, 1), "b": (0.05, 2), "slower": (0.2, 2), "larger": (0.05, 3), "c": (0.02, 4)}
+    trials = [trial(cell(name), [1, 1], pace, peak_bytes=size * GIB) for name, (pace, size) in each.items()]
+    rows = summary(run(*trials, trial(cell("ar", runtime="graph"), peak_bytes=9 * GIB)))
+    assert [row.cell.label for row in rows if row.cell.id in tables.pareto(rows)] == ["a", "b", "c", "ar"]
+
+
+def test_a_category_counts_its_own_prompts_only() -> None:
+    of = run(
+        trial(cell("ar"), [1] * 4, 0.1, prompt_id="a", category="code"),
+        trial(cell("ar"), [1] * 4, 0.1, prompt_id="b", category="talk"),
+        trial(cell("s3d"), [4], 0.2, prompt_id="a", category="code"),
+        trial(cell("s3d"), [1] * 4, 0.2, prompt_id="b", category="talk"),
+    )
+    code, talk = parts.by_category(parts.good_trials(of)[cell("s3d").id], summary(of)[1])
+    assert (code.tau, talk.tau) == (4.0, 1.0)
+    assert code.speedup is not None
+    assert code.speedup.value == pytest.approx(2.0)
+    assert talk.decode_tokens_per_second == pytest.approx(5.0)
 
 
 def test_a_file_without_token_texts_shows_the_text_unshaded() -> None:
@@ -314,20 +433,18 @@ def test_a_file_without_token_texts_shows_the_text_unshaded() -> None:
     assert "0 1 2 3" in words
 
 
-def test_the_token_view_says_what_it_leaves_out() -> None:
+def test_the_token_view_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MOST_TRIALS", 4)
     trials: list[Trial] = [trial(cell("ar", bits=bits), prompt_id=f"p{n}") for bits in ("32", "nf4") for n in range(6)]
-    assert "Left out: 2 more prompts, and the texts of 4 bits (nf4)." in Page(render([run(*trials)])).words
+    words = Page(render([run(*trials)])).words
+    assert "Left out: 2 more prompts (the page shows at most 4 texts and 40,000 tokens)" in words
+    assert "and the texts of 4 bits (nf4)" in words
 
 
 def test_write_leaves_one_whole_file(tmp_path: Path) -> None:
-    path = write(placed(method_run(), tmp_path))
-    assert path == tmp_path / "report.html"
+    path = write([method_run()], tmp_path / "new" / "page.html")
     assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
-    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
-
-
-def placed(of: Run, directory: Path) -> Run:
-    return Run(directory, of.manifest, of.rows, of.skipped_lines)
+    assert [each.name for each in path.parent.iterdir()] == ["page.html"]
 
 
 def test_skipped_lines_and_failures_are_told() -> None:
