@@ -51,19 +51,23 @@ def spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
 
 
 def svg(chart: alt.TopLevelMixin, name: str, title: str, description: str) -> str:
-    """The chart as one inline `<svg role="img">`, its ids made unique by `name`, no script and nothing to load."""
+    """The chart as one inline `<svg role="img">`, its ids made unique by `name`, no script and nothing to load.
+
+    The library counts ids over all that a process draws; here they count from one, so a chart is always the same text.
+    """
     root = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec(chart)))
     for parent in list(root.iter()):
         for element in list(parent):
             if element.get("class") in ("background", "foreground") and not _seen(element):
                 parent.remove(element)
+    ids: dict[str, str] = {}
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.set(key, f"{name}-{value}")
-            elif value.startswith("url(#"):
-                element.set(key, value.replace("url(#", f"url(#{name}-", 1))
+            if key == "id" or value.startswith("url(#"):
+                own = value.removeprefix("url(#").removesuffix(")")
+                new = ids.setdefault(own, f"{name}-{len(ids) + 1}")
+                element.set(key, new if key == "id" else f"url(#{new})")
             elif key in ("class", "aria-roledescription", "role", "aria-hidden", "font-family", "pointer-events"):
                 del element.attrib[key]
     root.attrib.pop("version", None)
