@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shlex
 import sys
@@ -145,6 +146,7 @@ def report(
     from reports import page, told
 
     read = [read_run(directory) for directory in runs]
+    gc.freeze()  # a large run is millions of objects that all stay: looking through them for waste takes time
     summaries = [summary(run) for run in read]
     if export is not None:
         _export(read, summaries, export)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -226,6 +227,12 @@ def trial_frame(run: Run) -> pd.DataFrame:
 
     A failed trial's measurements are missing values whatever its line holds.
     """
+    return _frame(run).copy()
+
+
+@lru_cache(maxsize=2)
+def _frame(run: Run) -> pd.DataFrame:
+    """`summary` and the intervals ask for it in turn."""
     frame = pd.DataFrame([_record(trial) for trial in _latest(run.rows)], columns=list(_COLUMNS)).astype(_COLUMNS)
     frame["decode_tokens_per_second"] = _rate(frame.decode_tokens, frame.decode_seconds)
     frame["end_to_end_tokens_per_second"] = _rate(frame.new_tokens, frame.prefill_seconds + frame.decode_seconds)

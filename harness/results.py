@@ -315,6 +315,10 @@ class Run:
     judged: tuple[Judged, ...] = ()
     "of `judged.jsonl`: what float64 says of texts that differ"
 
+    def __hash__(self) -> int:
+        """Cheap, so that what is derived from a run can be kept for the next who asks."""
+        return hash((self.directory, self.manifest.run, len(self.rows)))
+
 
 def append_trial(path: Path, trial: Trial) -> None:
     """Append one line to a run's trials, durably."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from harness.metrics import Row
@@ -131,12 +132,17 @@ def _cloud(
     rings = alt.Chart(data[data.baseline]).mark_point(size=260, shape="circle", color=INK, strokeWidth=1.2)
     across, down = (data.x - x0) / (x1 - x0) * width, height - (data.y - y0) / (y1 - y0) * height
     places = label_places(list(zip(across, down, strict=True)), data.label.tolist(), width, height)
-    apart = data.assign(place=[str(place) for place in places])
+    aligned, right, below = zip(*places, strict=True)
+    moved = data.assign(
+        align=aligned,
+        x=data.x + np.array(right) * (x1 - x0) / width,
+        y=data.y - np.array(below) * (y1 - y0) / height,
+    )
     names = [
-        alt.Chart(apart[apart.place == str(place)])
-        .mark_text(fontSize=12, align=place[0], dx=place[1], dy=place[2], **ink)
+        alt.Chart(moved[moved["align"] == align])
+        .mark_text(fontSize=12, align=align, **ink)
         .encode(x=x, y=y, text="label:N")
-        for place in dict.fromkeys(places)
+        for align in dict.fromkeys(aligned)
         for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 3}, {"color": INK})
     ]
     shown = points.encode(x=x, y=y, color=_color(rows), shape=_shape(rows))
