@@ -83,6 +83,7 @@ function explained(text) {
     if (!pass) return;
     pass.classList.add("at");
     tip.textContent = pass.dataset.t;
+    tip.style.left = "0"; // where it is as wide as it can be, which is measured next
     const box = pass.getClientRects()[0];
     const left = Math.max(8, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8));
     const above = box.top - tip.offsetHeight - 6;

@@ -238,6 +238,14 @@ def test_it_prints_on_light_paper_without_what_only_a_screen_can_do(page: Page) 
 def test_a_telephone_scrolls_one_way_only(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    shown = page.get_by_role("group", name="text of s3d, pass by pass").first.locator("span").last
+    shown.hover()
+    tip, box = page.locator("#tip").bounding_box(), shown.bounding_box()
+    assert tip is not None
+    assert box is not None
+    assert tip["y"] + tip["height"] <= box["y"] or tip["y"] >= box["y"] + box["height"], "the note hides no text"
+    assert tip["x"] >= 0
+    assert tip["x"] + tip["width"] <= 360
 
 
 def test_without_scripts_the_page_only_stands_still(browser: Browser, address: str) -> None:
