@@ -69,7 +69,7 @@ def test_an_error_is_confirmed_in_float64_and_fails_the_run(
     directory = Path(finished.directory)
     assert unjudged(read_run(directory)) == []
     assert verdict(directory).verdict.kind == "identical"
-    assert cli._show_result(directory) == 0
+    assert cli._show_result(directory, json=False) == 0
     spoil(directory, "two", 1, 4)
     assert verdict(directory).verdict.kind == "differs"
     events: list[child.Event] = []
@@ -81,7 +81,7 @@ def test_an_error_is_confirmed_in_float64_and_fails_the_run(
     assert found.margin > 2e-4
     told = verdict(directory).verdict
     assert (told.kind, told.differing, told.first_position, told.margin) == ("diverged", 1, 4, found.margin)
-    assert cli._show_result(directory) == 1
+    assert cli._show_result(directory, json=False) == 1
     assert "DIVERGED" in capsys.readouterr().out
 
 
