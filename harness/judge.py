@@ -14,26 +14,19 @@ import msgspec
 
 from harness import child, weights
 from harness.metrics import Parting, unjudged
-from harness.plan import Plan
+from harness.plan import Plan, RunJob
 from harness.rescore import Float64
 from harness.results import Judged, append_line, read_run
 from harness.weights import Bits, ModelSource
 from harness.worker import diagnose, encoded, exact_float32
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished run and where the weights of each `Cell.weights` are."""
-
-    directory: str
-    sources: dict[str, ModelSource]
-
-
 def main() -> None:
     emit = child.to_parent()
-    judge(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job), emit)
+    judge(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=RunJob), emit)
 
 
-def judge(job: Job, emit: child.Emit) -> None:
+def judge(job: RunJob, emit: child.Emit) -> None:
     """A target that does not fit in float64 leaves its texts unjudged, and says so."""
     directory = Path(job.directory)
     plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)

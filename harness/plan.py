@@ -219,6 +219,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class RunJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step about a whole run is given: its directory, and where the weights of each `Cell.weights` are."""
+
+    directory: str
+    sources: dict[str, ModelSource]
+
+
 # --- what the user wrote ---------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import torch
 
 from harness import child, weights
 from harness.paths import cache_dir, write_atomically
-from harness.plan import Plan
+from harness.plan import Plan, RunJob
 from harness.prepare import load_precisely
 from harness.results import Cell, Quality, read_run, write_manifest
 from harness.weights import Bits, LoadedModel, ModelSource
@@ -29,13 +29,6 @@ from prompts import load
 TEXTS = 12
 LONGEST = 256
 "tokens of a text that are scored at most"
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A run, and where the weights of each `Cell.weights` are."""
-
-    directory: str
-    sources: dict[str, ModelSource]
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,10 +57,10 @@ def changed(plan: Plan) -> list[Cell]:
 
 def main() -> None:
     emit = child.to_parent()
-    measure(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Job), emit)
+    measure(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=RunJob), emit)
 
 
-def measure(job: Job, emit: child.Emit) -> None:
+def measure(job: RunJob, emit: child.Emit) -> None:
     """Write what is found into the manifest. A target that cannot be scored is left out with a warning."""
     directory = Path(job.directory)
     plan = msgspec.json.decode((directory / "plan.json").read_bytes(), type=Plan)

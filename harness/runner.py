@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from harness import child, drafter, host, judge, metrics, quality, worker
+from harness import child, drafter, host, metrics, quality, worker
 from harness.errors import UserError
-from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan
+from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan, RunJob
 from harness.results import Manifest, Outcome, Training, read_run, write_manifest
 from harness.stopping import Pace
 from harness.weights import ModelSource
@@ -68,24 +68,25 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
 
 def _quality(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
     """Have targets that are not the base at 32 bits held against it; the run goes on where they cannot be."""
-    if not quality.changed(plan):
-        return
-    path, log = (directory / "workers" / f"quality.{end}" for end in ("json", "log"))
-    path.write_bytes(msgspec.json.encode(quality.Job(directory=str(directory), sources=sources)))
-    status = child.run("harness.quality", [path], log, on_event, host.worker_environment(plan.device))
-    if status != 0:
-        on_event(child.Warned(f"changed targets could not be held against 32 bits: {_death(status, log)[1]}"))
+    if quality.changed(plan):
+        _beside("quality", "changed targets could not be held against 32 bits", plan, directory, sources, on_event)
 
 
 def _judge(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
     """Have texts that differ from their baseline's scored again in float64; what cannot be stays unjudged."""
-    if not metrics.unjudged(read_run(directory)):
-        return
-    path, log = (directory / "workers" / f"judge.{end}" for end in ("json", "log"))
-    path.write_bytes(msgspec.json.encode(judge.Job(directory=str(directory), sources=sources)))
-    status = child.run("harness.judge", [path], log, on_event, host.worker_environment(plan.device))
+    if metrics.unjudged(read_run(directory)):
+        _beside("judge", "differing answers could not be judged in float64", plan, directory, sources, on_event)
+
+
+def _beside(
+    step: str, failure: str, plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit
+) -> None:
+    """Run a step about a whole run in a process of its own; where it fails, a warning says so."""
+    path, log = (directory / "workers" / f"{step}.{end}" for end in ("json", "log"))
+    path.write_bytes(msgspec.json.encode(RunJob(directory=str(directory), sources=sources)))
+    status = child.run(f"harness.{step}", [path], log, on_event, host.worker_environment(plan.device))
     if status != 0:
-        on_event(child.Warned(f"differing answers could not be judged in float64: {_death(status, log)[1]}"))
+        on_event(child.Warned(f"{failure}: {_death(status, log)[1]}"))
 
 
 def _left(jobs: Iterable[Job], plan: Plan) -> int:

@@ -27,8 +27,6 @@ class Runtime:
     """Eager: transformers' own kernels, one launch each."""
 
     name = "eager"
-    fixed = False
-    "whether caches keep fixed addresses"
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
         """A cache that calls will read and write; rounds reach `scratch` slots beyond its length."""
@@ -59,8 +57,6 @@ class Runtime:
 
 class FixedRuntime(Runtime):
     """Fixed addresses without captures: what the capturing runtime does, one launch at a time. `compile` on a CPU."""
-
-    fixed = True
 
     def __init__(self, name: str) -> None:
         self.name = name

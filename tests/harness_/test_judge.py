@@ -13,12 +13,12 @@ from factory import cell, trial
 import prompts
 from harness import child, cli, judge, prepare, weights, worker
 from harness.metrics import Row, summary, unjudged
-from harness.plan import Job, plan, read_request
+from harness.plan import Job, RunJob, plan, read_request
 from harness.results import Judged, Manifest, append_trial, read_run, read_trials, write_manifest
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> judge.Job:
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunJob:
     """A run of `ar` and `prompt-lookup` on a tiny model, made in this process."""
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     directory = tmp_path / "run"
@@ -43,7 +43,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> judge.Job:
             cells=[one.cell for one in planned.cells], rounds=1, seed=0, max_new_tokens=12,
         ),
     )  # fmt: skip
-    return judge.Job(directory=str(directory), sources={"base": model})
+    return RunJob(directory=str(directory), sources={"base": model})
 
 
 def spoil(directory: Path, prompt_id: str, turn: int, position: int) -> None:
@@ -64,7 +64,7 @@ def verdict(directory: Path) -> Row:
 
 
 def test_an_error_is_confirmed_in_float64_and_fails_the_run(
-    finished: judge.Job, capsys: pytest.CaptureFixture[str]
+    finished: RunJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = Path(finished.directory)
     assert unjudged(read_run(directory)) == []
@@ -85,7 +85,7 @@ def test_an_error_is_confirmed_in_float64_and_fails_the_run(
     assert "DIVERGED" in capsys.readouterr().out
 
 
-def test_what_was_judged_is_not_judged_again(finished: judge.Job) -> None:
+def test_what_was_judged_is_not_judged_again(finished: RunJob) -> None:
     directory = Path(finished.directory)
     spoil(directory, "one", 0, 2)
     judge.judge(finished, lambda event: None)
@@ -98,7 +98,7 @@ def test_what_was_judged_is_not_judged_again(finished: judge.Job) -> None:
 
 
 def test_a_target_that_cannot_be_scored_stays_unjudged_and_says_so(
-    finished: judge.Job, monkeypatch: pytest.MonkeyPatch
+    finished: RunJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = Path(finished.directory)
     spoil(directory, "one", 0, 2)

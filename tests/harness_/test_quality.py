@@ -14,7 +14,7 @@ from factory import cell, trial
 
 import prompts
 from harness import child, quality, runner, weights
-from harness.plan import Plan, plan, read_request
+from harness.plan import Plan, RunJob, plan, read_request
 from harness.results import Manifest, Quality, read_run, write_manifest
 from reports.words import changed_targets
 
@@ -27,7 +27,7 @@ def planned(folder: Path, bits: str) -> Plan:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Job:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunJob:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     made = planned(tmp_path, "32,16,8")
     directory = tmp_path / "run"
@@ -38,7 +38,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Job:
         cells=[one.cell for one in made.cells], rounds=1, seed=0, max_new_tokens=4,
     )  # fmt: skip
     write_manifest(directory, manifest)
-    return quality.Job(directory=str(directory), sources={"base": made.model})
+    return RunJob(directory=str(directory), sources={"base": made.model})
 
 
 def test_perplexity_and_the_likeliest_tokens_are_the_models_own() -> None:
@@ -50,7 +50,7 @@ def test_perplexity_and_the_likeliest_tokens_are_the_models_own() -> None:
     assert scored.perplexity == pytest.approx(math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 3))
 
 
-def test_every_changed_target_is_held_against_32_bits(job: quality.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_changed_target_is_held_against_32_bits(job: RunJob, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[child.Event] = []
     quality.measure(job, events.append)
     found = {one.bits: one for one in read_run(Path(job.directory)).manifest.quality}
@@ -66,7 +66,7 @@ def test_every_changed_target_is_held_against_32_bits(job: quality.Job, monkeypa
     quality.measure(job, events.append)
 
 
-def test_a_target_that_cannot_be_scored_is_left_out_and_said(job: quality.Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_cannot_be_scored_is_left_out_and_said(job: RunJob, monkeypatch: pytest.MonkeyPatch) -> None:
     own = weights.load
 
     def load(source: object, bits: weights.Bits, **given: object) -> object:
