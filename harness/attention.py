@@ -251,7 +251,11 @@ def attend(
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1)
     folded = query.reshape(batch, keys.shape[1], groups * size, width)
     if softcap is None and mask is not None and mask.is_floating_point():
-        scores = torch.baddbmm(mask[None], folded[0], keys[0].transpose(-1, -2), alpha=scale)
+        turned = keys[0].transpose(-1, -2)
+        if torch.compiler.is_compiling():  # part of the softmax's kernel, where baddbmm would copy the mask first
+            scores = torch.bmm(folded[0], turned) * scale + mask
+        else:
+            scores = torch.baddbmm(mask[None], folded[0], turned, alpha=scale)
         out = torch.bmm(torch.softmax(scores, dim=-1), values[0])
     elif softcap is None:
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)

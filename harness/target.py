@@ -53,6 +53,8 @@ class Target:
         self.trunk = Trunk(model)
         if self.runtime.name == "compile":
             self.trunk.compile()
+        elif self.runtime.name == "graph":
+            self.trunk.fuse_norms()
         longest = horizon(model.config)
         if longest is not None and capacity > longest:
             raise ValueError(

@@ -7,11 +7,12 @@ transformers' own forward for every architecture in `ARCHITECTURES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.attention import INTERFACE, FixedView, View, attend_view
@@ -21,6 +22,7 @@ PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 Norms = tuple[str, str | None, str, str | None]
+Normalise = Callable[[nn.Module, Tensor], Tensor]
 ARCHITECTURES: dict[str, Norms] = {
     "llama": PRE_NORM,
     "mistral": PRE_NORM,
@@ -31,6 +33,13 @@ ARCHITECTURES: dict[str, Norms] = {
     "gemma3_text": SANDWICH,
 }
 """model_type -> names of the norms before and after attention, before and after the MLP."""
+
+
+class Compiled(NamedTuple):
+    """`run_layer`, tuned for forwards of one token and for longer ones."""
+
+    one_token: Callable[..., Tensor]
+    several: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ class Trunk:
         self.windows = _windows(self.config, self.depth)
         self.groups: int = self.config.num_attention_heads // self.config.num_key_value_heads
         "query heads that share a key"
-        self._compiled: Any = None
+        self._compiled: Compiled | None = None
+        self._normalise: Normalise = as_written
         self._set_attention(INTERFACE)
 
     def _set_attention(self, name: str) -> None:
@@ -145,22 +155,38 @@ class Trunk:
                 turns[kind, device] = tuple(turn.to(device) for turn in self.body.rotary_emb(*arguments))
             attends = layers is None or index in layers.attention
             feeds = layers is None or index in layers.mlp
+            how = (turns[kind, device], attends, feeds)
             if self._compiled is not None and isinstance(view, FixedView):
-                slots = view.slots(index, self.groups)
-                hidden_BMD = self._compiled(layer, self._norms, hidden_BMD, turns[kind, device], slots, attends, feeds)
+                one = self._compiled.one_token if hidden_BMD.shape[1] == 1 else self._compiled.several
+                hidden_BMD = one(layer, self._norms, as_written, hidden_BMD, view.slots(index, self.groups), *how)
             else:
-                hidden_BMD = run_layer(layer, self._norms, hidden_BMD, turns[kind, device], view, attends, feeds)
-        hidden_BMD = self.body.norm(hidden_BMD.to(self.body.norm.weight.device)).to(self.device)
+                hidden_BMD = run_layer(layer, self._norms, self._normalise, hidden_BMD, view, *how)
+        hidden_BMD = self._normalise(self.body.norm, hidden_BMD.to(self.body.norm.weight.device)).to(self.device)
         if self.depth in wanted:
             tapped[self.depth] = hidden_BMD
         return hidden_BMD, tapped
 
     def compile(self) -> None:
-        """From now on layers over fixed addresses run as one compiled function, the same code for all of them."""
+        """From now on layers over fixed addresses run as one compiled function, the same code for all of them.
+
+        Inductor makes products with one token reductions of its own, which are as fast as they are tuned; with several
+        tokens cuBLAS has the products, and what tuning picks for the norms beside them is slower (seen on an H200).
+        """
         torch._dynamo.config.recompile_limit = 64  # one for each size of forward, span and kind of layer
-        self._compiled = torch.compile(
-            run_layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
+        tuned: dict[str, Any] = {"coordinate_descent_tuning": True}
+        self._compiled = Compiled(
+            one_token=torch.compile(
+                run_layer, fullgraph=True, dynamic=False, options=tuned | {"max_autotune_pointwise": True}
+            ),
+            several=torch.compile(run_layer, fullgraph=True, dynamic=False, options=tuned),
         )
+
+    def fuse_norms(self) -> None:
+        """From now on every RMS norm of the walk is one kernel of torch's instead of eight.
+
+        It rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
+        """
+        self._normalise = fused
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed hidden states, (.., V)."""
@@ -216,22 +242,36 @@ def _windows(config: Any, depth: int) -> dict[int, int] | None:
 def run_layer(
     layer: Any,
     norms: Norms,
+    normalise: Normalise,
     hidden_BMD: Tensor,
-    turn: tuple[Tensor, Tensor],
     view: View,
+    turn: tuple[Tensor, Tensor],
     attends: bool,
     feeds: bool,
 ) -> Tensor:
     """One decoder layer, with or without its attention and its MLP."""
     before_attention, after_attention, before_mlp, after_mlp = norms
     if attends:
-        normed = getattr(layer, before_attention)(hidden_BMD)
+        normed = normalise(getattr(layer, before_attention), hidden_BMD)
         out, _ = layer.self_attn(normed, position_embeddings=turn, attention_mask=None, view=view)
-        hidden_BMD = hidden_BMD + (out if after_attention is None else getattr(layer, after_attention)(out))
+        hidden_BMD = hidden_BMD + (out if after_attention is None else normalise(getattr(layer, after_attention), out))
     if feeds:
-        out = layer.mlp(getattr(layer, before_mlp)(hidden_BMD))
-        hidden_BMD = hidden_BMD + (out if after_mlp is None else getattr(layer, after_mlp)(out))
+        out = layer.mlp(normalise(getattr(layer, before_mlp), hidden_BMD))
+        hidden_BMD = hidden_BMD + (out if after_mlp is None else normalise(getattr(layer, after_mlp), out))
     return hidden_BMD
+
+
+def as_written(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """A norm as transformers has it."""
+    return norm(hidden)  # type: ignore[no-any-return]
+
+
+def fused(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """A plain RMS norm by torch's kernel; Gemma's, which scale by 1 + weight, as written."""
+    epsilon: float | None = getattr(norm, "variance_epsilon", None)
+    if epsilon is None:
+        return as_written(norm, hidden)
+    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, epsilon)  # type: ignore[arg-type]
 
 
 class DraftHead:

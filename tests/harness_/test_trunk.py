@@ -5,11 +5,11 @@ from __future__ import annotations
 import bench
 import pytest
 import torch
-from tiny import tiny
+from tiny import VOCAB, tiny
 
 from harness.attention import CacheView
 from harness.draft import chain, tree
-from harness.trunk import Trunk
+from harness.trunk import ARCHITECTURES, Trunk, fused
 
 META = torch.device("meta")
 
@@ -41,3 +41,28 @@ def test_hidden_states_rotations_masks_and_cache_follow_the_layers(branched: boo
     for layer in (0, 1):
         torch.testing.assert_close(caches[1].keys[layer], caches[0].keys[layer], rtol=0, atol=0)
     assert [caches[1].keys[layer].device.type for layer in range(4)] == ["cpu", "cpu", "meta", "meta"]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_fused_norms_are_the_same_norms(architecture: str) -> None:
+    ids_T = torch.tensor(bench.text(12, VOCAB))
+    logits = []
+    for fuses in (False, True):
+        trunk = Trunk(tiny(architecture))
+        if fuses:
+            trunk.fuse_norms()
+        positions = torch.arange(12)
+        view = CacheView(trunk.cache(16), 0, positions)
+        with torch.inference_mode():
+            logits.append(trunk.head(trunk.run(trunk.embed(ids_T)[None], positions, view)[0]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gemmas_norms_stay_as_written() -> None:
+    hidden = torch.randn(1, 3, 8)
+    for architecture, alike in (("llama", False), ("gemma2", True)):
+        norm = tiny(architecture, hidden_size=8).model.norm
+        calls = []
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        fused(norm, hidden)
+        assert bool(calls) is alike
