@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,6 @@ ARCHITECTURES: dict[str, Norms] = {
     "gemma3_text": SANDWICH,
 }
 """model_type -> names of the norms before and after attention, before and after the MLP."""
-
-
-class Compiled(NamedTuple):
-    """`run_layer`, tuned for forwards of one token and for longer ones."""
-
-    one_token: Callable[..., Tensor]
-    several: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Trunk:
         self.windows = _windows(self.config, self.depth)
         self.groups: int = self.config.num_attention_heads // self.config.num_key_value_heads
         "query heads that share a key"
-        self._compiled: Compiled | None = None
+        self._compiled: Any = None
         self._normalise: Normalise = as_written
         self._set_attention(INTERFACE)
 
@@ -157,8 +150,8 @@ class Trunk:
             feeds = layers is None or index in layers.mlp
             how = (turns[kind, device], attends, feeds)
             if self._compiled is not None and isinstance(view, FixedView):
-                one = self._compiled.one_token if hidden_BMD.shape[1] == 1 else self._compiled.several
-                hidden_BMD = one(layer, self._norms, as_written, hidden_BMD, view.slots(index, self.groups), *how)
+                slots = view.slots(index, self.groups)
+                hidden_BMD = self._compiled(layer, self._norms, as_written, hidden_BMD, slots, *how)
             else:
                 hidden_BMD = run_layer(layer, self._norms, self._normalise, hidden_BMD, view, *how)
         hidden_BMD = self._normalise(self.body.norm, hidden_BMD.to(self.body.norm.weight.device)).to(self.device)
@@ -167,18 +160,10 @@ class Trunk:
         return hidden_BMD, tapped
 
     def compile(self) -> None:
-        """From now on layers over fixed addresses run as one compiled function, the same code for all of them.
-
-        Inductor makes products with one token reductions of its own, which are as fast as they are tuned; with several
-        tokens cuBLAS has the products, and what tuning picks for the norms beside them is slower (seen on an H200).
-        """
+        """From now on layers over fixed addresses run as one compiled function, the same code for all of them."""
         torch._dynamo.config.recompile_limit = 64  # one for each size of forward, span and kind of layer
-        tuned: dict[str, Any] = {"coordinate_descent_tuning": True}
-        self._compiled = Compiled(
-            one_token=torch.compile(
-                run_layer, fullgraph=True, dynamic=False, options=tuned | {"max_autotune_pointwise": True}
-            ),
-            several=torch.compile(run_layer, fullgraph=True, dynamic=False, options=tuned),
+        self._compiled = torch.compile(
+            run_layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
         )
 
     def fuse_norms(self) -> None:
