@@ -30,7 +30,7 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     """In the order in which they matter; `rows` are the run's summary."""
     good = [trial for trial in run.rows if trial.outcome == "ok"]
     baselines = [row for row in rows if row.is_baseline]
-    found = (drift(rows), uneven(baselines), control(rows), unaccounted(rows))
+    found = (drift(rows), uneven(baselines), control(rows), unaccounted(rows), unattributed(rows))
     return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
 
 
@@ -88,6 +88,19 @@ def unaccounted(rows: Sequence[Row]) -> Iterator[str]:
             f"What rounds do adds up to {share:.0%} of the measured time for {label}, and not to within {ADDS_UP:.0%} "
             f"for {len(shares)} of {len(told)} cells: do not rely on where their time went, and measure again on an "
             "idle machine."
+        )
+
+
+def unattributed(rows: Sequence[Row]) -> Iterator[str]:
+    """Peaks that hold more than what was counted."""
+    told = [(row.memory, row.cell.label) for row in rows if row.memory is not None]
+    more = [(found.unattributed_bytes, label) for found, label in told if not found.adds_up]
+    size, label = max(more, default=(0, ""))
+    if size > 0:
+        yield (
+            f"Memory does not add up in {len(more)} of {len(told)} rows: {size / 2**20:,.0f} MiB of {label}'s peak are "
+            "neither weights, drafter, cache and graphs nor its own activations. What earlier cells of the same "
+            "process left behind is among them; `--isolation cell` measures without it."
         )
 
 

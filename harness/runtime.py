@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -124,7 +125,7 @@ class GraphRuntime(CapturingRuntime):
         super().__init__(name)
         self.device, self.generator = device, generator
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = capture_stream(device)
         self._seconds, self._bytes = 0.0, 0
 
     @property
@@ -153,6 +154,12 @@ class GraphRuntime(CapturingRuntime):
         self._seconds += time.perf_counter() - started
         self._bytes += torch.cuda.memory_allocated(self.device) - before
         return Graph(graph, inputs, outputs), outputs
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a process: cuBLAS keeps a workspace for every stream that it was used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Graph:

@@ -12,7 +12,7 @@ from factory import cell, trial
 
 from harness.doubts import doubts
 from harness.metrics import summary
-from harness.results import Run, Trial
+from harness.results import Memory, Run, Trial
 
 
 def quiet(speeds: Sequence[float] = (1.0, 1.001, 0.999, 1.0), **changes: Any) -> list[Trial]:
@@ -74,3 +74,17 @@ def test_a_slow_first_trial_and_a_warm_up_that_did_not_settle() -> None:
 def test_text_that_repeats_itself() -> None:
     (line,) = raised(*quiet(tokens=[7] * 13))
     assert "31% of the tokens of ar in 32 repeat what it wrote before" in line
+
+
+def test_memory_that_nothing_accounts_for() -> None:
+    """Weights and cache of 1000 MiB in all, and a loaded state that holds more."""
+    for more, said in ((0, False), (10, False), (100, True)):
+        held = Memory(
+            weights_bytes=900 << 20,
+            cache_bytes=100 << 20,
+            load_bytes=(1000 + more) << 20,
+            peak_allocated_bytes=(1050 + more) << 20,
+        )
+        found = raised(*quiet(memory=held))
+        assert bool(found) is said
+        assert all("add up in 2 of 2 rows: 100 MiB" in line and "--isolation cell" in line for line in found)
