@@ -93,6 +93,8 @@ def _answer(group: Sequence[Row]) -> str:
     best = max(faithful, key=_speedup)
     text = _fastest(best, faithful) + _faster_but_unfaithful(best, compared)
     per_gib = [row for row in faithful if row.per_gib_relative is not None]
+    if any(row.memory is not None and not row.memory.adds_up for row in group):
+        return f"{text}; tok/s per GiB is left open, for memory does not add up (see the warnings)."
     return text + (
         f"; {_most_per_gib(max(per_gib, key=_per_gib), best)}." if per_gib else "; peak memory is not known."
     )
