@@ -24,7 +24,7 @@ from reports.tables import grouped, method, number, plain
 from reports.words import device
 
 Range = float | tuple[float, float]
-SETTINGS = ("model", "device", "bits", "dtype", "runtime", "sampling", "batch", "prompts", "new tokens")
+SETTINGS = ("model", "device", "bits", "dtype", "runtime", "sampling", "batch", "prompts", "context", "new tokens")
 UNSTATED = "not stated"
 
 
@@ -139,6 +139,7 @@ def _numbers(figure: Figure, row: Row, rows: Sequence[Row]) -> Iterator[tuple[st
 def _settings(run: Run, rows: Sequence[Row]) -> dict[str, str]:
     """How the run was made, in the words of the table of published figures."""
     m = run.manifest
+    contexts = dict.fromkeys(f"{row.cell.context:,} tokens" for row in rows if row.cell.context is not None)
     return {
         "model": m.model,
         "device": device(run),
@@ -149,12 +150,12 @@ def _settings(run: Run, rows: Sequence[Row]) -> dict[str, str]:
         "batch": ", ".join(dict.fromkeys(str(row.cell.batch_size) for row in rows)),
         "prompts": m.prompt_set,
         "new tokens": str(m.max_new_tokens),
-    }
+    } | ({"context": ", ".join(contexts)} if contexts else {})
 
 
 def _differences(here: dict[str, str], there: dict[str, str]) -> Iterator[str]:
     """What is not the same, or not known to be."""
-    for name in SETTINGS:
+    for name in (name for name in SETTINGS if name in here):
         if here[name] != there.get(name):
             yield plain(f"{name}: {here[name]} here, {there.get(name, UNSTATED)} there")
 

@@ -77,8 +77,8 @@ def render(runs: Sequence[Run], summaries: Sequence[list[Row]] | None = None) ->
         ngram=REPEAT_NGRAM,
         most_trials=texts.MOST_TRIALS,
         most_tokens=texts.MOST_TOKENS,
-        style=_asset("page.css"),
-        script=_asset("page.js"),
+        style=asset("page.css"),
+        script=asset("page.js"),
         policy=policy(),
     )
 
@@ -92,17 +92,16 @@ def write(runs: Sequence[Run], path: Path, summaries: Sequence[list[Row]] | None
     return path
 
 
-def policy() -> str:
-    """Only this page's own style and script, and nothing from anywhere."""
-    style, script = (
-        base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode() for name in ("page.css", "page.js")
-    )
-    allowed = f"style-src 'sha256-{style}'; script-src 'sha256-{script}'"
-    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+def policy(*, scripted: bool = True) -> str:
+    """Only this program's own style, and script where there is one, and nothing from anywhere."""
+    allowed = {"style-src": "page.css"} | ({"script-src": "page.js"} if scripted else {})
+    hashes = {kind: hashlib.sha256(asset(name).encode()).digest() for kind, name in allowed.items()}
+    told = "; ".join(f"{kind} 'sha256-{base64.b64encode(digest).decode()}'" for kind, digest in hashes.items())
+    return f"default-src 'none'; {told}; base-uri 'none'; form-action 'none'"
 
 
 @cache
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     # Safe as markup: a file of this package. Line ends as the browser will hash them.
     return Markup((HERE / name).read_text(encoding="utf-8"))
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from harness.history import Series
 from harness.steps import FEWEST_RUNS
 from reports import draw
+from reports.page import asset, policy
 from reports.tables import plain
 
 TITLES = {"tau": "τ, tokens per pass", "speedup": "speed-up over plain decoding", "peak_bytes": "peak memory, GiB"}
@@ -64,6 +65,8 @@ def render(found: Sequence[Series]) -> str:
         runs=len({(point.run, point.created) for one in found for point in one.points}),
         synthetic=any(point.synthetic for one in found for point in one.points),
         fewest=FEWEST_RUNS,
+        style=asset("page.css"),
+        policy=policy(scripted=False),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from factory import cell, failed, run, trial
 
+from harness.history import Point, Series
 from harness.metrics import GIB
 from harness.results import Memory, Run, Training
+from reports import timeline
 from reports.page import write
 
 if TYPE_CHECKING:
@@ -77,7 +80,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
-    """The page, opened; at the end nothing has gone wrong and nothing else was asked for."""
+    with visit(browser, address) as opened:
+        yield opened
+
+
+@contextmanager
+def visit(browser: Browser, address: str) -> Iterator[Page]:
+    """A page, opened; at the end nothing has gone wrong and nothing else was asked for."""
     with browser.new_context(viewport={"width": 1200, "height": 900}) as context:
         opened = context.new_page()
         wrong: list[str] = []
@@ -89,6 +98,16 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
         yield opened
         assert wrong == []
         assert asked == [address]
+
+
+def test_a_history_obeys_its_own_policy_and_is_drawn(browser: Browser, tmp_path: Path) -> None:
+    points = [Point(f"r{day}", f"2026-11-{day:02}", f"{day:07x}", 2.0 + day / 9, None, None, False) for day in (1, 2)]
+    path = timeline.write([Series("tau", HOSTILE, "16", "", tuple(points))], tmp_path / "history.html")
+    with visit(browser, path.as_uri()) as opened:
+        assert "unsafe" not in opened.locator("meta[http-equiv]").get_attribute("content")
+        assert opened.locator("figure svg").bounding_box()["width"] > 300
+        assert opened.locator("body").evaluate("body => getComputedStyle(body).margin") == "0px", "the style is applied"
+        assert opened.evaluate("() => window.hacked") is None
 
 
 def methods(page: Page) -> list[list[str]]:

@@ -79,6 +79,16 @@ def test_unlike_or_unstated_settings_are_named_and_nothing_is_judged(settings: d
     assert claim.judged(claim.besides[0]) == "other settings"
 
 
+def test_a_context_that_was_filled_up_is_a_setting() -> None:
+    filled = run(
+        *(trial(cell(name, context=512), committed) for name, committed in (("ar", [1] * 6), ("eagle", [3, 3])))
+    )
+    (claim,) = compared(filled, Figure(method="eagle", name="EAGLE", speedup=9.0), bits="", dtype="", runtime="")
+    assert "context: 512 tokens here, not stated there" in claim.differs
+    (claim,) = compared(of(), Figure(method="eagle", name="EAGLE", speedup=9.0))
+    assert not any("context" in line for line in claim.differs)
+
+
 def test_a_chain_is_not_judged_by_a_trees_figures() -> None:
     (claim,) = compared(of(), Figure(method="eagle", name="EAGLE", tree="tree", tau=3.58))
     assert claim.besides[0].differs == ("draft: a chain here, a tree there",)
