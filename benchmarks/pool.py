@@ -4,9 +4,10 @@
     python -m benchmarks.pool judge out/pool
 
 The pool holds `ar`, a decoder, and the same decoder with a planted slow-down, in the same shuffled rounds. A comparison
-takes two disjoint sets of rounds, one for each side, and asks the program's own `compare` for the speed-up. A/A: the
-decoder against itself misses 1.0 where its interval leaves it out. Power: the slowed one against the decoder is flagged
-where the interval lies below 1. Comparisons share rounds with one another, so their number is not a sample size.
+takes two disjoint sets of rounds, one for each side, and asks the program's own `compare` for the speed-up and for the
+steps of the baseline that a pass costs. A/A: the decoder against itself misses 1.0 where its interval leaves it out.
+Power: the slowed one against the decoder is flagged where the interval lies on the worse side of 1. Comparisons share
+rounds with one another, so their number is not a sample size.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from benchmarks.planted import write_entry_point
 from harness.compare import compare, gather
 from harness.gates import parse_gate
 from harness.results import BASELINE, Cell, Run, read_run
+from harness.stats import Interval
 
 PLAIN, SLOWED = "burning:share=0", "burning:share=0.05"
-GATE = parse_gate("speedup<0%")
+GATES = {"speedup": parse_gate("speedup<0%"), "steps": parse_gate("steps>0%")}
 app = App(name="python -m benchmarks.pool", help=__doc__)
 
 
@@ -61,11 +63,12 @@ class Found:
     """What some comparisons of one kind came to."""
 
     kind: str
+    metric: str
     rounds: int
     "on each side"
     comparisons: int
     flagged: int
-    "A/A: the interval leaves 1 out; slowed: it lies below 1"
+    "A/A: the interval leaves 1 out; slowed: it lies on the worse side of 1"
     width: float
     "median, as a share of the value"
 
@@ -81,7 +84,7 @@ def judge(
     )
     for found in judged(run, comparisons, seed):
         print(
-            f"{found.kind:9} {found.rounds:3} rounds a side: {found.flagged} of {found.comparisons} "
+            f"{found.kind:9} {found.metric:7} {found.rounds:3} rounds a side: {found.flagged} of {found.comparisons} "
             f"({found.flagged / found.comparisons:.1%}), median width of the interval {found.width:.1%}"
         )
 
@@ -92,16 +95,19 @@ def judged(run: Run, comparisons: int, seed: int) -> Iterator[Found]:
     for size in (size for size in (5, 10, 20) if 2 * size <= count):
         for kind, label in (("A/A", PLAIN), ("slowed 5%", SLOWED)):
             drawn = list(draws(count, size, comparisons, seed))
-            intervals = [change(run, PLAIN, label, base, new) for base, new in drawn]
-            below = [high < 1 for _, high in intervals]
-            outside = [not low <= 1 <= high for low, high in intervals]
-            yield Found(
-                kind,
-                size,
-                comparisons,
-                sum(outside if kind == "A/A" else below),
-                median(high / low - 1 for low, high in intervals),
-            )
+            each = [changes(run, PLAIN, label, base, new) for base, new in drawn]
+            for metric, gate in GATES.items():
+                intervals = [found[metric] for found in each]
+                worse = [high < 1 if gate.below else low > 1 for low, high in intervals]
+                outside = [not low <= 1 <= high for low, high in intervals]
+                yield Found(
+                    kind,
+                    metric,
+                    size,
+                    comparisons,
+                    sum(outside if kind == "A/A" else worse),
+                    median(high / low - 1 for low, high in intervals),
+                )
 
 
 def recorded(run: Run) -> int:
@@ -116,13 +122,18 @@ def draws(count: int, size: int, comparisons: int, seed: int) -> Iterator[tuple[
         yield drawn[:size], drawn[size:]
 
 
-def change(run: Run, base_label: str, new_label: str, base: Sequence[int], new: Sequence[int]) -> tuple[float, float]:
-    """The interval of the speed-up's change, by the program's own comparison."""
+def changes(
+    run: Run, base_label: str, new_label: str, base: Sequence[int], new: Sequence[int]
+) -> dict[str, tuple[float, float]]:
+    """The interval of each gated figure's change, by the program's own comparison."""
     before = gather("base", [taken(run, base_label, base)])
     after = gather("new", [taken(run, new_label, new)])
-    found = compare(before, after, [GATE])
+    found = compare(before, after, list(GATES.values()))
     (cell,) = [cell for cell in found.cells if cell.label == "decoder"]
-    interval = cell.changes["speedup"].change
+    return {metric: _ends(cell.changes[metric].change) for metric in GATES}
+
+
+def _ends(interval: Interval | None) -> tuple[float, float]:
     assert interval is not None
     assert interval.low is not None
     assert interval.high is not None

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
+import numpy as np
 
 from harness.results import Roofline, Trial
 
 ADDS_UP = 0.03
 "share of the measured time that may lie outside the phases"
+QUIET = 10
+"percentile"
 
 
 class RoundCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +78,20 @@ def round_cost(trials: Sequence[Trial], base: Sequence[Trial] = (), speedup: flo
         return cost
     explained = sum(sum(trial.committed or ()) for trial in paired) / _rounds(paired) / cost.steps
     return msgspec.structs.replace(cost, explained_speedup=explained, difference=explained / speedup - 1)
+
+
+def quiet_pass_seconds(trials: Iterable[Trial]) -> float | None:
+    """What a pass costs while nothing disturbs the machine; None where no trial tells its passes.
+
+    Passes that draft equally many tokens do the same work, and what disturbs one only adds to it: of each such kind the
+    10th percentile, weighted by how many there are. A cost that fewer than nine passes in ten have is not seen.
+    """
+    kinds: dict[int, list[float]] = {}
+    for trial in trials:
+        for drafted, seconds in zip(trial.drafted or (), trial.round_seconds or (), strict=False):
+            kinds.setdefault(drafted, []).append(seconds)
+    count = sum(map(len, kinds.values()))
+    return sum(len(each) * float(np.percentile(each, QUIET)) for each in kinds.values()) / count if count else None
 
 
 def _tells(trial: Trial) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import geometric_mean
 
 import pandas as pd
 
 from harness import metrics
+from harness.decomposition import quiet_pass_seconds
 from harness.metrics import Row, pairs_of, sides_by, trial_frame
-from harness.results import BASELINE, Cell, Run
+from harness.results import BASELINE, Cell, Run, Trial
 from harness.stats import Ratio, ratio_interval_over_rounds
 
 
@@ -28,6 +30,18 @@ class Side:
         frame["round"] = frame.number.astype(str) + "/" + frame["round"].astype(str)
         frame["held_bytes"] = frame.weights_bytes + frame.drafter_bytes + frame.cache_bytes
         return frame[frame.outcome == "ok"]
+
+    @cached_property
+    def trials(self) -> dict[tuple[str, str], dict[tuple[str, int], Trial]]:
+        """Good ones by cell and round, and there by turn."""
+        found: dict[tuple[str, str], dict[tuple[str, int], Trial]] = {}
+        for number, run in enumerate(self.runs):
+            for trial in run.rows:
+                if trial.outcome == "ok":
+                    found.setdefault((trial.cell.id, f"{number}/{trial.round}"), {})[trial.prompt_id, trial.turn] = (
+                        trial
+                    )
+        return found
 
     @cached_property
     def failed(self) -> dict[str, dict[tuple[str, int], str]]:
@@ -99,6 +113,8 @@ class Own:
                 return _known(self.good.prefill_seconds.mean())
             case "speedup" | "per_gib":
                 return self._relative(name)
+            case "steps":
+                return geometric_mean(self._steps) if self._steps else None
         return _known(self.good[name].max())
 
     def _relative(self, name: str) -> float | None:
@@ -111,9 +127,30 @@ class Own:
         return speedup * peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
 
     def _baseline(self) -> pd.DataFrame:
+        return self._of(self._baseline_id)
+
+    @property
+    def _baseline_id(self) -> str:
         target = self.side.cells[self.id].target
         ids = [id for id, cell in self.side.cells.items() if cell.method == BASELINE and cell.target == target]
-        return self._of(ids[0] if ids else "")
+        return ids[0] if ids else ""
+
+    @cached_property
+    def _steps(self) -> list[float]:
+        """What an undisturbed pass costs in steps of the baseline, a round."""
+        if self.side.cells[self.id].method == BASELINE:
+            return []
+        own, base = (self._quiet(id) for id in (self.id, self._baseline_id))
+        return [own[each] / base[each] for each in sorted(own.keys() & base.keys())]
+
+    def _quiet(self, id: str) -> dict[str, float]:
+        """Seconds of an undisturbed pass by round."""
+        rounds = {
+            number: [trial for key, trial in turns.items() if self.turns is None or key in self.turns]
+            for (cell, number), turns in self.side.trials.items()
+            if cell == id
+        }
+        return {number: cost for number, trials in rounds.items() if (cost := quiet_pass_seconds(trials))}
 
     def per_round(self, name: str) -> list[float]:
         """One rate a round, of the rounds that have it."""
@@ -126,6 +163,8 @@ class Own:
                 return [float(value) for value in self.good.groupby("round").prefill_seconds.mean().dropna()]
             case "speedup":
                 return self._speedups()
+            case "steps":
+                return self._steps
             case "per_gib":
                 peaks = [frame.groupby("round").peak_bytes.max() for frame in (self._baseline(), self.good)]
                 share = (peaks[0] / peaks[1]).dropna()

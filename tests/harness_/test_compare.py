@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import factory
+import msgspec
 import pytest
 from factory import GIB_BYTES, cell, failed, trial
 
@@ -101,6 +104,27 @@ def test_a_difference_counts_only_if_its_interval_clears_the_threshold() -> None
     assert "too uncertain to count" in told
     steady = held_against(measured(), measured(speedup=1.8), "speedup<-15%")
     assert steady.exit_status == 0, "surely slower, but not by so much"
+
+
+def disturbed(run: Run, share: float) -> Run:
+    """Each round of `s3d` with another share of its passes ten times as long."""
+    rng = random.Random(0)
+    rows = []
+    for one in run.rows:
+        took = [each * (10 if rng.random() < share * one.round else 1) for each in one.round_seconds or ()]
+        other = msgspec.structs.replace(one, round_seconds=took, decode_seconds=sum(took))
+        rows.append(other if one.cell.method == "s3d" else one)
+    return replace(run, rows=tuple(rows))
+
+
+def test_what_disturbs_a_few_passes_hides_a_slow_down_from_the_speed_and_not_from_the_steps() -> None:
+    passes = [3] * 40
+    base, slow = (disturbed(measured(speedup=speed, passes=passes), 0.02) for speed in (2.0, 1.9))
+    found = held_against(base, slow, "speedup<0%", "steps>0%")
+    assert statuses(found, "speedup<0%") == {"ok"}
+    assert statuses(found, "steps>0%") == {"regressed"}
+    assert found.cells[1].changes["steps"].base == pytest.approx(1.5, rel=0.01), "3 tokens a pass, twice as fast"
+    assert statuses(held_against(base, base, "steps>0%"), "steps>0%") == {"ok"}
 
 
 def test_one_round_has_no_interval_and_judges_no_speed() -> None:

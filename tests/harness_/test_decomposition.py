@@ -13,7 +13,7 @@ from tiny import tiny
 
 from harness import meters
 from harness.decode import Limits, decode
-from harness.decomposition import RoundCost, floor_share, round_cost
+from harness.decomposition import RoundCost, floor_share, quiet_pass_seconds, round_cost
 from harness.doubts import doubts
 from harness.metrics import summary
 from harness.results import Roofline, Trial
@@ -151,3 +151,11 @@ def test_the_phases_of_a_real_decode_add_up(name: str) -> None:
             break
     assert cost.adds_up
     assert set(cost.phase_seconds) == {"draft", "verify", "accept", "commit", "host"}
+
+
+def test_an_undisturbed_pass_is_told_from_passes_of_its_own_kind() -> None:
+    """Eight passes that draft 4 and two that draft none; one of the first kind was disturbed."""
+    seconds = [0.2] * 7 + [2.0] + [0.1, 0.1]
+    one = trial(cell("s3d"), [1] * 10, round_seconds=seconds, drafted=[4] * 8 + [0] * 2)
+    assert quiet_pass_seconds([one]) == pytest.approx((8 * 0.2 + 2 * 0.1) / 10)
+    assert quiet_pass_seconds([]) is None
