@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Any
 
 import altair as alt
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from harness.metrics import REPEAT_NGRAM, Row, summary
 from harness.results import Run
@@ -62,6 +63,7 @@ def render(runs: Sequence[Run], summaries: Sequence[list[Row]] | None = None) ->
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["ticked"] = ticked
     known = [summary(run) for run in runs] if summaries is None else summaries
     views = [view(run, rows, f"r{index}") for index, (run, rows) in enumerate(zip(runs, known, strict=True))]
     return environment.get_template("page.html.j2").render(
@@ -98,6 +100,11 @@ def policy(*, scripted: bool = True) -> str:
     hashes = {kind: hashlib.sha256(asset(name).encode()).digest() for kind, name in allowed.items()}
     told = "; ".join(f"{kind} 'sha256-{base64.b64encode(digest).decode()}'" for kind, digest in hashes.items())
     return f"default-src 'none'; {told}; base-uri 'none'; form-action 'none'"
+
+
+def ticked(text: str) -> Markup:
+    """What stands between backticks, as code; all of it escaped."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 @cache

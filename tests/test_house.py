@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / "docs" / "quick-cpu"
-"the run whose figures the README shows"
+RUN, ON_A_GPU = ROOT / "docs" / "quick-cpu", ROOT / "docs" / "h200" / "default-model"
+"the runs whose figures the README shows"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
@@ -55,9 +57,13 @@ def test_readme_tables_are_the_programs_own(mark: str) -> None:
     assert written[1].strip() == made()[mark].strip(), "run `python tests/test_house.py`, which writes them anew"
 
 
-def test_readme_picture_is_made_from_the_committed_run() -> None:
-    points = (ROOT / "docs" / "speed-against-memory.svg").read_text()
-    for row in _rows():
+@pytest.mark.parametrize(
+    ("directory", "picture"), [(RUN, "docs/speed-against-memory.svg"), (ON_A_GPU, "docs/h200/speed-up-against-tau.svg")]
+)
+def test_readme_pictures_are_made_from_the_committed_runs(directory: Path, picture: str) -> None:
+    assert f"]({picture})" in (ROOT / "README.md").read_text()
+    points = (ROOT / picture).read_text()
+    for row in _rows(directory):
         assert row.cell.label in points
 
 
@@ -68,19 +74,20 @@ def made() -> dict[str, str]:
 
     methods = ["| method | what it does | source |", "|---|---|---|"]
     methods += [f"| `{name}` | {find(name).summary} | {find(name).source} |" for name in installed()]
-    return {"methods": "\n".join(methods), "results": tables.markdown(_rows())}
+    return {"methods": "\n".join(methods), "results": tables.markdown(_rows(RUN))}
 
 
-def _rows() -> list[Any]:
+def _rows(directory: Path) -> list[Any]:
     from harness.metrics import summary
     from harness.results import read_run
 
-    return summary(read_run(RUN))
+    return summary(read_run(directory))
 
 
 def write_readme() -> None:
-    """Put the generated parts, and the picture, where they belong."""
-    from reports import charts, draw
+    """Put the generated parts, and the pictures, where they belong."""
+    from harness.results import read_run
+    from reports import export
 
     path = ROOT / "README.md"
     text = path.read_text()
@@ -88,10 +95,13 @@ def write_readme() -> None:
         block = f"<!-- {mark} -->\n{content.strip()}\n<!-- end -->"
         text = re.sub(rf"<!-- {mark} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
     path.write_text(text)
-    chart = charts.scatter(_rows())
-    assert chart is not None
-    svg = draw.svg(chart, "readme", "Speed against memory", "Decode speed and peak memory of each method.")
-    (ROOT / "docs" / "speed-against-memory.svg").write_text(draw.alone(svg))
+    for directory, name, picture in (
+        (RUN, "scatter", "docs/speed-against-memory.svg"),
+        (ON_A_GPU, "tau", "docs/h200/speed-up-against-tau.svg"),
+    ):
+        with tempfile.TemporaryDirectory() as made_in:
+            export.pictures(read_run(directory), _rows(directory), Path(made_in))
+            shutil.copy(Path(made_in) / f"{name}.svg", ROOT / picture)
 
 
 def test_the_decoder_that_contributing_shows_works(tmp_path: Path) -> None:

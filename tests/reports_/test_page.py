@@ -323,6 +323,14 @@ def test_speed_per_gib_is_left_open_where_memory_does_not_add_up() -> None:
     leaky = [msgspec.structs.replace(one, memory=more) if one.cell.method == "s3d" else one for one in trials]
     assert "it also gives the most tok/s per GiB" in answer(run(*trials))
     assert answer(run(*leaky)).endswith("tok/s per GiB is left open, for memory does not add up (see the warnings).")
+    assert "points lie too far to the right" in Page(render([run(*leaky)])).words
+
+
+def test_commands_in_warnings_are_code_and_what_is_hostile_stays_text() -> None:
+    html = render([method_run(warnings=["use `--rounds 4`", f"`{HOSTILE}"])])
+    assert "<li>use <code>--rounds 4</code></li>" in html
+    assert "<script>alert(1)" not in html
+    assert HOSTILE.replace("`", "") in "".join(Page(html).text)
 
 
 def answer(of: Run) -> str:
