@@ -3,23 +3,25 @@
     python -m benchmarks.generate out/RUN --limit 8
 
 Greedy, over the first turns of the run's prompts, with the run's model, bits and limits, and end to end: prefill
-counts, as it does for the run's decoders beside it. Two calls before the first that counts pay for compiling, and are
-told apart. Writes `generate.json` into the run.
+counts, as it does for the run's decoders beside it. Each prompt is decoded once before it counts, so that compiling and
+whatever a new length costs is over; for the decoders, their last round. Writes `generate.json` into the run.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import App, Parameter
 
-from harness.results import BASELINE, Run, read_run
+from harness.errors import UserError
+from harness.results import BASELINE, Run, Trial, read_run
 
-app = App(name="python -m benchmarks.generate", help=__doc__)
+app = App(name="python -m benchmarks.generate", help=__doc__, result_action="return_value")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,8 +38,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True):
     cache: str
     device: str
     versions: dict[str, str]
-    warm_up_seconds: float
-    answers: list[Answer] = []
+    first_calls_seconds: float
+    "of every prompt's first decoding, compiling included"
+    answers: list[Answer]
 
     @property
     def tokens_per_second(self) -> float:
@@ -46,85 +49,115 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.default
 def generate(
-    directory: Annotated[Path, Parameter(help="A finished run.")], /, *, limit: int = 8, cache: str = "static"
+    directory: Annotated[Path, Parameter(help="A finished run.")],
+    /,
+    *,
+    limit: int = 8,
+    cache: Literal["static", "dynamic"] = "static",
 ) -> None:
     """Decode the run's first turns by transformers alone, and say how fast the run's decoders were on the same ones."""
-    import torch
+    run = read_run(directory)
+    first = first_answers(run)[:limit]
+    found = measured(run, first, cache)
+    (directory / "generate.json").write_bytes(msgspec.json.format(msgspec.json.encode(found)))
+    same = sum(answer.identical for answer in found.answers)
+    print(f"transformers' generate, {cache} cache: {found.tokens_per_second:,.0f} tok/s end to end")
+    print(f"{len(found.answers)} answers, {same} of them the baseline's; {found.first_calls_seconds:.0f} s before")
+    for label, runtime, speed in beside(run, {trial.prompt_id for trial in first}):
+        print(f"{label} ({runtime}): {speed:,.0f} tok/s end to end")
 
+
+def measured(run: Run, first: Sequence[Trial], cache: str) -> Generate:
+    """transformers' answers to the first turns that the baseline answered. Raises UserError."""
+    import torch
+    from transformers import StaticCache
+
+    import prompts
     from harness import chat, dialogue, host, weights
     from harness.worker import exact_float32
 
-    run = read_run(directory)
-    first = next(trial.cell for trial in run.rows if trial.cell.method == BASELINE)
-    mine = {trial.prompt_id: trial for trial in run.rows if trial.cell == first and trial.turn == trial.round == 0}
-    said = prompts_of(run)
+    cell, m = first[0].cell, run.manifest
+    said = {prompt.id: prompt.turns for prompt in prompts.load(m.prompt_set).prompts}
     exact_float32()
     loaded = weights.load(
-        weights.resolve(first.model), weights.Bits.parse(first.bits), device=first.device, dtype=first.dtype
+        weights.resolve(cell.model), weights.Bits.parse(cell.bits), device=cell.device, dtype=cell.dtype
     )
     loaded.model.set_attn_implementation("sdpa")
     ends = sorted(chat.end_ids(loaded.model, loaded.tokenizer))
-    most = run.manifest.max_new_tokens
-    ids = {
-        name: dialogue.encode(loaded.tokenizer, said[name][:1], [], system=run.manifest.system, raw=run.manifest.raw)
-        for name in list(mine)[:limit]
-    }
-    room = max(map(len, ids.values())) + most
-
-    kept: Any = None
+    ids = [
+        dialogue.encode(loaded.tokenizer, said[trial.prompt_id][:1], [], system=m.system, raw=m.raw) for trial in first
+    ]
+    how: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0], "max_new_tokens": m.max_new_tokens}
+    kept: Any = StaticCache(config=loaded.model.config, max_cache_len=max(map(len, ids)) + m.max_new_tokens)
     if cache == "static":
-        from transformers import StaticCache
-
-        kept = StaticCache(config=loaded.model.config, max_cache_len=room)
+        how["past_key_values"] = kept
 
     def once(prompt: list[int]) -> tuple[list[int], float]:
-        ids_1T = torch.tensor([prompt], device=first.device)
-        how: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0], "max_new_tokens": most}
-        if cache == "static":
-            how["past_key_values"] = kept
-            kept.reset()
+        ids_1T = torch.tensor([prompt], device=cell.device)
+        kept.reset()
         started = perf_counter()
         out_1T = loaded.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, **how)
         new = out_1T[0, len(prompt) :].tolist()  # waits for the device
         return new, perf_counter() - started
 
-    warm_up = sum(once(next(iter(ids.values())))[1] for _ in range(2))
-    found = Generate(
-        model=first.model,
-        bits=first.bits,
-        cache=cache,
-        device=torch.cuda.get_device_name() if first.device.startswith("cuda") else first.device,
-        versions=host.versions(),
-        warm_up_seconds=warm_up,
-    )
-    for name, prompt in ids.items():
+    before = sum(once(prompt)[1] for prompt in ids)
+    answers = []
+    for trial, prompt in zip(first, ids, strict=True):
         new, seconds = once(prompt)
-        same = new == mine[name].new_tokens
-        found.answers.append(Answer(prompt_id=name, new_tokens=len(new), seconds=seconds, identical=same))
-        (directory / "generate.json").write_bytes(msgspec.json.format(msgspec.json.encode(found)))
-    print(f"transformers' generate, {cache} cache: {found.tokens_per_second:,.0f} tok/s end to end, ", end="")
-    print(f"{len(found.answers)} answers, {warm_up:.0f} s of warming up and compiling before")
-    for label, runtime, speed in beside(run, set(ids)):
-        print(f"{label} ({runtime}): {speed:,.0f} tok/s end to end")
+        same = new == trial.new_tokens
+        answers.append(Answer(prompt_id=trial.prompt_id, new_tokens=len(new), seconds=seconds, identical=same))
+    return Generate(
+        model=cell.model,
+        bits=cell.bits,
+        cache=cache,
+        device=torch.cuda.get_device_name() if cell.device.startswith("cuda") else cell.device,
+        versions=host.versions(),
+        first_calls_seconds=before,
+        answers=answers,
+    )
 
 
-def prompts_of(run: Run) -> dict[str, tuple[str, ...]]:
-    """By id, as the run's prompt set has them. Raises UserError where there is no such set any more."""
-    import prompts
-
-    return {prompt.id: prompt.turns for prompt in prompts.load(run.manifest.prompt_set).prompts}
+def first_answers(run: Run) -> list[Trial]:
+    """The first baseline's answers to first turns, one a prompt. Raises UserError where none can stand beside others."""
+    if run.manifest.synthetic:
+        raise UserError("this run is SYNTHETIC: its texts mean nothing, and transformers would write others")
+    if run.manifest.temperature > 0:
+        raise UserError("this run sampled: only greedy texts are set beside transformers' generate")
+    found: dict[tuple[str, str], Trial] = {}
+    for trial in run.rows:
+        if trial.cell.method == BASELINE and trial.turn == 0 and trial.outcome == "ok" and trial.cell.context is None:
+            found.setdefault((trial.cell.id, trial.prompt_id), trial)
+    cells = dict.fromkeys(cell for cell, _ in found)
+    if not cells:
+        raise UserError("this run has no answer of `ar` to a prompt as it stands: nothing to set generate beside")
+    return [trial for (cell, _), trial in found.items() if cell == next(iter(cells))]
 
 
 def beside(run: Run, names: set[str]) -> list[tuple[str, str, float]]:
-    """Label, runtime and end-to-end speed of the run's cells over the first turns of these prompts."""
+    """Label, runtime and end-to-end speed over the first turns of these prompts, in the last round with all of them."""
     found = []
     for cell in run.manifest.cells:
-        told = [trial for trial in run.rows if trial.cell == cell and trial.turn == 0 and trial.prompt_id in names]
-        seconds = sum((trial.prefill_seconds or 0.0) + (trial.decode_seconds or 0.0) for trial in told)
-        if seconds:
-            found.append((cell.label, cell.runtime, sum(len(trial.new_tokens or ()) for trial in told) / seconds))
+        rounds: dict[int, dict[str, Trial]] = {}
+        for trial in run.rows:
+            if trial.cell.id == cell.id and trial.turn == 0 and trial.outcome == "ok" and trial.prompt_id in names:
+                rounds.setdefault(trial.round, {})[trial.prompt_id] = trial
+        whole = [number for number, trials in rounds.items() if trials.keys() == names]
+        if whole:
+            trials = rounds[max(whole)].values()
+            seconds = sum((trial.prefill_seconds or 0.0) + (trial.decode_seconds or 0.0) for trial in trials)
+            tokens = sum(len(trial.new_tokens or ()) for trial in trials)
+            found.append((cell.label, cell.runtime, tokens / seconds))
     return found
 
 
+def main() -> int:
+    try:
+        app()
+    except UserError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(app())
+    sys.exit(main())

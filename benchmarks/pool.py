@@ -5,7 +5,7 @@
 
 The pool holds `ar`, a decoder, and the same decoder with a planted slow-down, in the same shuffled rounds. A comparison
 takes two disjoint sets of rounds, one for each side, and asks the program's own `compare` for the speed-up and for the
-steps of the baseline that a pass costs. A/A: the decoder against itself misses 1.0 where its interval leaves it out.
+cost of a pass. A/A: the decoder against itself misses 1.0 where its interval leaves it out.
 Power: the slowed one against the decoder is flagged where the interval lies on the worse side of 1. Comparisons share
 rounds with one another, so their number is not a sample size.
 """
@@ -32,7 +32,7 @@ from harness.results import BASELINE, Cell, Run, read_run
 from harness.stats import Interval
 
 PLAIN, SLOWED = "burning:share=0", "burning:share=0.05"
-GATES = {"speedup": parse_gate("speedup<0%"), "steps": parse_gate("steps>0%")}
+GATES = {"speedup": parse_gate("speedup<0%"), "pass_cost": parse_gate("pass_cost>0%")}
 app = App(name="python -m benchmarks.pool", help=__doc__)
 
 
@@ -84,7 +84,7 @@ def judge(
     )
     for found in judged(run, comparisons, seed):
         print(
-            f"{found.kind:9} {found.metric:7} {found.rounds:3} rounds a side: {found.flagged} of {found.comparisons} "
+            f"{found.kind:9} {found.metric:9} {found.rounds:3} rounds a side: {found.flagged} of {found.comparisons} "
             f"({found.flagged / found.comparisons:.1%}), median width of the interval {found.width:.1%}"
         )
 

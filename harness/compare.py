@@ -170,7 +170,7 @@ class Context:
         }
         found = [Judgement("finished", cell.id, *failure)] if (failure := self._failure(cell)) else []
         for gate in gates:
-            if gate.metric in ("speedup", "steps", "per_gib", "tau") and self.new.cells[cell.id].method == BASELINE:
+            if gate.metric in ("speedup", "pass_cost", "per_gib", "tau") and self.new.cells[cell.id].method == BASELINE:
                 continue  # 1 by definition
             check = special.get(gate.metric)
             status, reason = check(cell) if check else judge(gate, cell.changes.get(gate.metric))

@@ -83,8 +83,9 @@ def round_cost(trials: Sequence[Trial], base: Sequence[Trial] = (), speedup: flo
 def quiet_pass_seconds(trials: Iterable[Trial]) -> float | None:
     """What a pass costs while nothing disturbs the machine; None where no trial tells its passes.
 
-    Passes that draft equally many tokens do the same work, and what disturbs one only adds to it: of each such kind the
-    10th percentile, weighted by how many there are. A cost that fewer than nine passes in ten have is not seen.
+    Passes that draft equally many tokens do nearly the same work, and what disturbs one only adds to it: of each such
+    kind the 10th percentile, weighted by how many there are. A cost that fewer than nine passes in ten have is not
+    seen, one that grows with the context is seen at the short end, and a kind of a few passes has no quiet one.
     """
     kinds: dict[int, list[float]] = {}
     for trial in trials:

@@ -94,9 +94,9 @@ def unaccounted(rows: Sequence[Row]) -> Iterator[str]:
 def unattributed(rows: Sequence[Row]) -> Iterator[str]:
     """Peaks that hold more than what was counted."""
     told = [(row.memory, row.cell.label) for row in rows if row.memory is not None]
-    more = [(found.unattributed_bytes, label) for found, label in told if not found.adds_up]
-    size, label = max(more, default=(0, ""))
-    if size > 0:
+    more = [(found.unattributed_bytes, label) for found, label in told if found.inflated]
+    if more:
+        size, label = max(more)
         yield (
             f"Memory does not add up in {len(more)} of {len(told)} rows: {size / 2**20:,.0f} MiB of {label}'s peak are "
             "neither weights, drafter, cache and graphs nor its own activations. What earlier cells of the same "

@@ -30,7 +30,7 @@ class Metric:
 METRICS = {
     "tau": Metric("deterministic", "more", "tokens/pass", "tokens per verify pass"),
     "speedup": Metric("ratio", "more", "x", "decode speed over that of plain decoding in the same rounds"),
-    "steps": Metric("ratio", "less", "x", "cost of an undisturbed pass, in those of plain decoding in the same rounds"),
+    "pass_cost": Metric("ratio", "less", "x", "an undisturbed pass, in passes of plain decoding in the same rounds"),
     "per_gib": Metric("ratio", "more", "x", "decode speed per peak byte, over that of plain decoding"),
     "held_bytes": Metric("deterministic", "less", "bytes", "weights, drafter and cache"),
     "speed": Metric("absolute", "more", "tok/s", "decode speed"),

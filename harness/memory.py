@@ -31,6 +31,11 @@ class Attribution(msgspec.Struct, frozen=True, kw_only=True):
     def adds_up(self) -> bool:
         return abs(self.unattributed_bytes) <= ADDS_UP * self.peak_bytes
 
+    @property
+    def inflated(self) -> bool:
+        """Whether the peak holds what is not this cell's, as far as what was counted tells."""
+        return self.unattributed_bytes > 0 and not self.adds_up
+
 
 def attribute(memory: Memory) -> Attribution | None:
     """None where a part or the peak is not known."""

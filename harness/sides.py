@@ -113,8 +113,8 @@ class Own:
                 return _known(self.good.prefill_seconds.mean())
             case "speedup" | "per_gib":
                 return self._relative(name)
-            case "steps":
-                return geometric_mean(self._steps) if self._steps else None
+            case "pass_cost":
+                return geometric_mean(self._pass_costs) if self._pass_costs else None
         return _known(self.good[name].max())
 
     def _relative(self, name: str) -> float | None:
@@ -136,21 +136,18 @@ class Own:
         return ids[0] if ids else ""
 
     @cached_property
-    def _steps(self) -> list[float]:
-        """What an undisturbed pass costs in steps of the baseline, a round."""
+    def _pass_costs(self) -> list[float]:
+        """What an undisturbed pass costs in passes of the baseline, a round, over the turns that both finished."""
         if self.side.cells[self.id].method == BASELINE:
             return []
-        own, base = (self._quiet(id) for id in (self.id, self._baseline_id))
-        return [own[each] / base[each] for each in sorted(own.keys() & base.keys())]
-
-    def _quiet(self, id: str) -> dict[str, float]:
-        """Seconds of an undisturbed pass by round."""
-        rounds = {
-            number: [trial for key, trial in turns.items() if self.turns is None or key in self.turns]
-            for (cell, number), turns in self.side.trials.items()
-            if cell == id
-        }
-        return {number: cost for number, trials in rounds.items() if (cost := quiet_pass_seconds(trials))}
+        found = []
+        for number in dict.fromkeys(round for id, round in self.side.trials if id == self.id):
+            own, base = (self.side.trials.get((id, number), {}) for id in (self.id, self._baseline_id))
+            turns = [key for key in own.keys() & base.keys() if self.turns is None or key in self.turns]
+            costs = [quiet_pass_seconds(each[key] for key in turns) for each in (own, base)]
+            if costs[0] and costs[1]:
+                found.append(costs[0] / costs[1])
+        return found
 
     def per_round(self, name: str) -> list[float]:
         """One rate a round, of the rounds that have it."""
@@ -163,8 +160,8 @@ class Own:
                 return [float(value) for value in self.good.groupby("round").prefill_seconds.mean().dropna()]
             case "speedup":
                 return self._speedups()
-            case "steps":
-                return self._steps
+            case "pass_cost":
+                return self._pass_costs
             case "per_gib":
                 peaks = [frame.groupby("round").peak_bytes.max() for frame in (self._baseline(), self.good)]
                 share = (peaks[0] / peaks[1]).dropna()

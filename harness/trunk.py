@@ -167,7 +167,7 @@ class Trunk:
         )
 
     def fuse_norms(self) -> None:
-        """From now on every RMS norm of the walk is one kernel of torch's instead of eight.
+        """From now on every plain RMS norm between sublayers is one kernel of torch's instead of eight.
 
         It rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
         """

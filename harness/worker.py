@@ -52,8 +52,8 @@ def main() -> None:
         if place:
             emit(started(job, plan))
         loaded = None
-        if bench is not None and bench.job.cell != job.cell:
-            loaded, bench = bench.lend(job), None
+        if place and (bench is None or bench.job.cell != job.cell):  # None where the cell before could not be set up
+            loaded, bench = None if bench is None else bench.lend(job), None
             free()
         bench = work(job, plan, emit, bench, loaded)
 

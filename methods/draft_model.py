@@ -61,9 +61,11 @@ class DraftModel(Method):
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
         model = cut_model(target.trunk, config["layers"], config["intermediate"])
         model.model.load_state_dict(tensors, strict=False)
-        draft = target.beside(model.to(target.device, target.trunk.dtype))
-        own = sum(p.nbytes for name, p in model.model.named_parameters() if name in tensors)
-        return cls(target, draft, head, own + head.bytes, options.gamma, sampler)
+        for own in (model.model.layers, model.model.norm):  # the rest is the target's, which nothing may change
+            own.to(target.device, target.trunk.dtype)
+        draft = target.beside(model)
+        weights = sum(p.nbytes for name, p in model.model.named_parameters() if name in tensors)
+        return cls(target, draft, head, weights + head.bytes, options.gamma, sampler)
 
     @property
     def reach(self) -> int:

@@ -93,16 +93,16 @@ def _answer(group: Sequence[Row]) -> str:
     best = max(faithful, key=_speedup)
     text = _fastest(best, faithful) + _faster_but_unfaithful(best, compared)
     per_gib = [row for row in faithful if row.per_gib_relative is not None]
-    if not adds_up(group):
+    if inflated(group):
         return f"{text}; tok/s per GiB is left open, for memory does not add up (see the warnings)."
     return text + (
         f"; {_most_per_gib(max(per_gib, key=_per_gib), best)}." if per_gib else "; peak memory is not known."
     )
 
 
-def adds_up(rows: Sequence[Row]) -> bool:
-    """Whether the peaks are of what was counted."""
-    return all(row.memory is None or row.memory.adds_up for row in rows)
+def inflated(rows: Sequence[Row]) -> bool:
+    """Whether a peak holds more than what was counted."""
+    return any(row.memory is not None and row.memory.inflated for row in rows)
 
 
 def _fastest(best: Row, rivals: Sequence[Row]) -> str:
@@ -172,7 +172,7 @@ def _changed(one: Quality) -> str:
 
 
 def scatter_line(rows: Sequence[Row]) -> str:
-    if not adds_up(rows):
+    if inflated(rows):
         return "Memory does not add up (see the warnings): points lie too far to the right by what is unattributed."
     many, on_front = len(grouped(rows)) > 1, pareto(rows)
     front = [

@@ -38,14 +38,15 @@ def test_the_two_sides_of_a_comparison_share_no_round() -> None:
 
 def test_what_was_planted_is_flagged_and_nothing_else(simulated: Run) -> None:
     found = {(one.kind, one.metric, one.rounds): one for one in pool.judged(simulated, comparisons=20, seed=0)}
-    assert {key[1:] for key in found} == {(metric, size) for metric in ("speedup", "steps") for size in (5, 10, 20)}
+    assert {key[1:] for key in found} == {(metric, size) for metric in ("speedup", "pass_cost") for size in (5, 10, 20)}
     assert {key[0] for key in found} == {"A/A", "slowed 5%"}
     for (kind, _, size), one in found.items():
         if kind == "A/A":
             assert one.flagged <= 3
         elif size >= 10:
             assert one.flagged == 20
-    assert found["A/A", "steps", 20].width < found["A/A", "steps", 5].width < 0.1
+    for metric in ("speedup", "pass_cost"):
+        assert found["A/A", metric, 20].width < found["A/A", metric, 5].width < 0.1
 
 
 def test_the_planted_decoder_keeps_the_text_and_burns_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,21 @@ def test_every_method_runs_on_a_target_of_any_bits(bits: str, tmp_path: Path, be
             target = Target(model.eval(), capacity=96)
             decoder = load(case.name, target, bench.drafter(case, "llama"), draws, **case.loading)
             assert len(decoded(target, decoder, PROMPT, Limits(6), draws)[0]) == 6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_half_precision_target_is_left_as_it_was(case: Case, bench: Bench) -> None:
+    """Its rotation's frequencies among the rest: they are a float32 buffer, and shared by whoever rotates alike."""
+    model = tiny("llama").to(torch.bfloat16)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    before = {name: tensor.clone() for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    assert torch.float32 in {tensor.dtype for tensor in before.values()}
+    target = Target(model, capacity=256)
+    decoder = load(case.name, target, bench.drafter(case, "llama"), **case.loading)
+    decoded(target, decoder, PROMPT, Limits(6))
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        assert tensor.dtype == before[name].dtype, name
+        assert torch.equal(tensor, before[name]), name
 
 
 STATEFUL = [case for case in CASES if case.name in ("s3d", "medusa", "eagle", "draft-model")]

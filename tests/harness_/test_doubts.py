@@ -78,7 +78,7 @@ def test_text_that_repeats_itself() -> None:
 
 def test_memory_that_nothing_accounts_for() -> None:
     """Weights and cache of 1000 MiB in all, and a loaded state that holds more."""
-    for more, said in ((0, False), (10, False), (100, True)):
+    for more, said in ((0, False), (10, False), (100, True), (-100, False)):
         held = Memory(
             weights_bytes=900 << 20,
             cache_bytes=100 << 20,

@@ -49,6 +49,10 @@ def test_fused_norms_are_the_same_norms(architecture: str) -> None:
     logits = []
     for fuses in (False, True):
         trunk = Trunk(tiny(architecture))
+        norms = [norm for name, norm in trunk.body.named_modules() if "norm" in name.rpartition(".")[2]]
+        assert len(norms) > 2 * trunk.depth
+        for index, norm in enumerate(norms):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(index))
         if fuses:
             trunk.fuse_norms()
         positions = torch.arange(12)
