@@ -118,7 +118,7 @@ def measured(run: Run, first: Sequence[Trial], cache: str) -> Generate:
 
 
 def first_answers(run: Run) -> list[Trial]:
-    """The first baseline's answers to first turns, one a prompt. Raises UserError where none can stand beside others."""
+    """The first baseline's answers to first turns, one a prompt. Raises UserError where there is nothing to compare."""
     if run.manifest.synthetic:
         raise UserError("this run is SYNTHETIC: its texts mean nothing, and transformers would write others")
     if run.manifest.temperature > 0:
