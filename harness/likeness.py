@@ -33,6 +33,8 @@ def task_facts(run: Run) -> Facts:
     )
     # Named only where they were asked for, so that what was written before they existed stays the same task.
     asked = {name: value for name in ("acceptance", "vram_budget_bytes", "device_map") if (value := getattr(of, name))}
+    if of.isolation == "run":  # peaks of a shared process are others than a cell's own
+        asked["isolation"] = of.isolation
     return {name: getattr(of, name) for name in names} | {
         "raw": of.raw,
         "seed": of.seed if of.temperature > 0 else None,

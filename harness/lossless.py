@@ -86,6 +86,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, tag="finding"):
     "by depth, rounds that accepted it"
     lossless: bool = True
     "what the method promises"
+    made_with: str | None = None
+    "code, drafter and libraries, as a hash: others may write another text"
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -172,8 +174,15 @@ def read(paths: Iterable[Path]) -> tuple[Heading, list[Reference], list[Finding]
 
 
 def read_controls(paths: Iterable[Path]) -> dict[str, Control]:
-    """By weights; empty where the target is not quantised."""
-    return {line.weights: line for path in paths for line in _lines(path) if isinstance(line, Control)}
+    """By weights, over all files; empty where the target is not quantised."""
+    found: dict[str, Control] = {}
+    for line in (line for path in dict.fromkeys(paths) for line in _lines(path)):
+        if isinstance(line, Control):
+            before = found.get(line.weights, Control(weights=line.weights, positions=0, flips=0))
+            found[line.weights] = Control(
+                weights=line.weights, positions=before.positions + line.positions, flips=before.flips + line.flips
+            )
+    return found
 
 
 def _lines(path: Path) -> Iterable[Line]:

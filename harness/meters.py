@@ -6,6 +6,7 @@ synchronisation; one at the end catches what the last round left in the queue.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -333,6 +334,13 @@ def peak_rss_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def forget_peak_rss() -> None:
+    """From now on the peak is of what is resident now or later, where the system can (Linux with glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_name(device: torch.device) -> str:

@@ -291,12 +291,16 @@ def _baselines(measured: Sequence[Measured]) -> dict[tuple[str, ...], Measured]:
 
 def _with_32_bits(rows: list[Row]) -> list[Row]:
     """Where bits tell nothing of a method, what 32 bits say of it."""
-    precise = {(row.cell.label, row.cell.weights): row.verdict.kind for row in rows if row.cell.bits == "32"}
+
+    def key(row: Row) -> tuple[object, ...]:
+        return row.cell.label, row.cell.weights, row.cell.runtime, row.cell.context
+
+    precise = {key(row): row.verdict.kind for row in rows if row.cell.bits == "32"}
 
     def told(row: Row) -> Row:
         if row.verdict.kind != "not_testable":
             return row
-        kind = precise.get((row.cell.label, row.cell.weights))
+        kind = precise.get(key(row))
         return msgspec.structs.replace(row, verdict=msgspec.structs.replace(row.verdict, at_32_bits=kind))
 
     return [told(row) for row in rows]

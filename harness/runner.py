@@ -24,7 +24,7 @@ from harness.weights import ModelSource
 
 IDENTITY = (
     *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
-    *("system", "raw", "acceptance", "vram_budget_bytes", "device_map"),
+    *("system", "raw", "acceptance", "vram_budget_bytes", "device_map", "isolation"),
 )
 """Fields of a manifest that must not change when a run goes on."""
 

@@ -40,6 +40,9 @@ class Runtime:
         """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide."""
         return function(*inputs)
 
+    broken = False
+    "whether a capture failed"
+
     @property
     def captures(self) -> int:
         """Graphs captured so far."""
@@ -87,6 +90,8 @@ class CapturingRuntime(FixedRuntime):
         self._captured: dict[Hashable, Capture] = {}
         self._kept: set[int] = set()
         self._capturing = False
+        self.broken = False
+        "a capture failed, and with it the process: nothing that is decoded after it counts"
 
     def capture(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Capture, Any]:
         """Record `function(*inputs)`, whose inputs stay where they are: the capture and its outputs."""
@@ -105,11 +110,11 @@ class CapturingRuntime(FixedRuntime):
         places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
         key = (name, places, tuple(cache.span for cache in self.caches))
         if key not in self._captured:
-            self._capturing = True
+            self._capturing = self.broken = True
             fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
             self._captured[key], outputs = self.capture(function, fixed)
             self._kept |= {id(tensor) for tensor in tensors_of(outputs)}
-            self._capturing = False
+            self._capturing = self.broken = False
         return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
 
 

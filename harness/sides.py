@@ -87,6 +87,11 @@ class Own:
     def good(self) -> pd.DataFrame:
         return self._of(self.id)
 
+    @cached_property
+    def once(self) -> pd.DataFrame:
+        """One trial of each turn: what is the same in every round has one weight, however many rounds finished it."""
+        return self.good.drop_duplicates(["prompt_id", "turn"])
+
     def _of(self, id: str) -> pd.DataFrame:
         frame = self.side.good[(self.side.good.cell == id) & (self.side.good.decode_tokens > 0)]
         if self.turns is None:
@@ -104,7 +109,7 @@ class Own:
             return None
         match name:
             case "tau":
-                return _over(self.good, "decode_tokens", "verify_passes")
+                return _over(self.once, "decode_tokens", "verify_passes")
             case "speed":
                 return _over(self.good, "decode_tokens", "decode_seconds")
             case "joules_per_token":
@@ -185,7 +190,7 @@ class Own:
     @cached_property
     def tau_by_prompt(self) -> Ratio:
         """Tokens and passes of each prompt, in the order of their names."""
-        sums = self.good.groupby("prompt_id")[["decode_tokens", "verify_passes"]].sum()
+        sums = self.once.groupby("prompt_id")[["decode_tokens", "verify_passes"]].sum()
         return Ratio(sums.decode_tokens.tolist(), sums.verify_passes.tolist())
 
 

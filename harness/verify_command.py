@@ -6,6 +6,8 @@ bits it is `ar` through the loop that all methods share. A second turn follows t
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,6 +31,8 @@ from harness.target import Target
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import exact_float32, seat
 from prompts import Prompt, load
+
+Key = tuple[str, str, str, int]
 
 WIDE_COLUMNS = 100
 "of a terminal that has room for acceptance by depth"
@@ -119,7 +123,10 @@ def verify(
         return show_sampled(list(sampled(planned, mine, samples, console.print)))
     path = out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl")
     check(planned, mine, path, console.print)
-    return show(*lossless.read([path]), lossless.read_controls([path]))
+    heading, references, findings = lossless.read([path])
+    cells = {(one.cell.label, one.cell.weights) for one in planned.cells}
+    asked = [finding for finding in findings if (finding.method, finding.weights) in cells]
+    return show(heading, references, asked, lossless.read_controls([path]))
 
 
 def runnable(planned: Plan, tell: Callable[[str], None]) -> Plan:
@@ -153,8 +160,9 @@ def check(planned: Plan, prompts: Sequence[Prompt], path: Path, tell: Callable[[
         if cells[0].cell.bits not in NEAR_TIE and name not in controls and own:
             lossless.append(path, control(name, loaded, own))
         for one in cells:
-            left = [ref for ref in own if (one.cell.label, *ref.key) not in done]
-            for finding in _findings(planned, one, loaded, left):
+            code = made_with(one)
+            left = [ref for ref in own if done.get((one.cell.label, *ref.key)) != code]
+            for finding in _findings(planned, one, loaded, left, code):
                 lossless.append(path, finding)
                 where = f"{finding.prompt_id} turn {finding.turn + 1}"
                 tell(f"{finding.method}: {where}: {finding.outcome} ({finding.compared} tokens)")
@@ -219,8 +227,8 @@ def _heading(planned: Plan, weights_sha256: str) -> lossless.Heading:
     )
 
 
-def _resume(path: Path, heading: lossless.Heading) -> tuple[list[lossless.Reference], set[tuple[str, str, str, int]]]:
-    """References that `path` has, and keys of its findings. Raises UserError where it was made with other settings."""
+def _resume(path: Path, heading: lossless.Heading) -> tuple[list[lossless.Reference], dict[Key, str | None]]:
+    """References that `path` has, and what its findings were made with. Raises UserError for other settings' files."""
     if path.exists():
         lossless.cut_torn_line(path)
     if not path.exists() or path.stat().st_size == 0:
@@ -228,7 +236,20 @@ def _resume(path: Path, heading: lossless.Heading) -> tuple[list[lossless.Refere
     found, references, findings = lossless.read([path])
     if found != heading:
         raise UserError(f"{path} was made with other settings: give another --out, or remove it")
-    return references, {finding.key for finding in findings}
+    return references, {finding.key: finding.made_with for finding in findings}
+
+
+def made_with(one: Planned) -> str:
+    """Hash of what else decides a text: the method's code and this package's, its drafter, device and libraries."""
+    modules = (inspect.getmodule(each) for each in method.find(one.cell.method).__mro__)
+    own = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    drafter = [] if one.drafter is None else [Path(one.drafter)]
+    files = [path for each in drafter for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    digest = hashlib.sha256(repr((one.cell.device, host.versions())).encode())
+    for path in (*own, *sorted(Path(__file__).parent.glob("*.py")), *files):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _references(
@@ -271,9 +292,9 @@ def _limits(planned: Plan, loaded: LoadedModel) -> Limits:
 
 
 def _findings(
-    planned: Plan, one: Planned, loaded: LoadedModel, references: Sequence[lossless.Reference]
+    planned: Plan, one: Planned, loaded: LoadedModel, references: Sequence[lossless.Reference], code: str
 ) -> Iterator[lossless.Finding]:
-    """Decode the prompts of `references` with one method, and compare."""
+    """Decode the prompts of `references` with one method, whose `made_with` is `code`, and compare."""
     if not references:
         return
     cell, limits, sampler = one.cell, _limits(planned, loaded), Sampler()
@@ -298,6 +319,7 @@ def _findings(
             drafted=drafted,
             accepted=accepted,
             lossless=decoder.lossless,
+            made_with=code,
         )
 
 
@@ -327,11 +349,15 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     texts: int
     tokens: int
     p_value: float
+    testable: bool
+    "whether the target gives one distribution however many tokens it scores at once"
 
     @property
     def word(self) -> str:
         if not self.lossless:
             return "lossy by design"
+        if not self.testable:
+            return "not testable in these bits"
         return "DIVERGED" if self.p_value < distribution.FALSE_ALARM else "as the target"
 
 
@@ -365,7 +391,12 @@ def _sampled(planned: Plan, one: Planned, loaded: LoadedModel, asked: Sequence[l
     except ValueError as error:
         raise UserError(f"{one.cell.label}: {error}") from error
     return Sampled(
-        method=one.cell.label, lossless=decoder.lossless, texts=len(asked), tokens=len(places), p_value=p_value
+        method=one.cell.label,
+        lossless=decoder.lossless,
+        texts=len(asked),
+        tokens=len(places),
+        p_value=p_value,
+        testable=one.cell.bits in NEAR_TIE,
     )
 
 

@@ -67,6 +67,7 @@ def free() -> None:
     """Give back what a cell held, as far as a process can."""
     gc.collect()
     torch.compiler.reset()
+    meters.forget_peak_rss()
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()  # kept for every stream that ran a product, 32 MiB each on a Hopper card
         torch.cuda.empty_cache()
@@ -85,11 +86,15 @@ def work(
     except Exception as error:
         fail(job, plan, turns, *diagnose(error), emit)
         return None
-    for turn in turns:
+    for index, turn in enumerate(turns):
         try:
             measured = bench.trial(turn)
         except Exception as error:
-            fail(job, plan, [turn], *diagnose(error), emit)
+            outcome, reason = diagnose(error)
+            fail(job, plan, [turn], outcome, reason, emit)
+            if bench.target.runtime.broken:
+                fail(job, plan, turns[index + 1 :], outcome, f"after a capture that failed: {reason}", emit)
+                return None
         else:
             append_trial(Path(job.trials), job.row(plan, turn, "ok", **measured))
             emit(child.Decoded("ok", 1, len(measured["new_tokens"]) - 1, measured["decode_seconds"]))

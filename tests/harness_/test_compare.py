@@ -21,6 +21,13 @@ from harness.results import Run, Trial, append_trial, write_manifest
 
 HOST = {"cpu": "Some CPU", "threads": 2, "torch_threads": 2, "instruction_sets": "avx2", "devices": []}
 NOISE = (0.0, 0.01, -0.01)
+SHORT = {
+    "committed": [1] * 9,
+    "drafted": [4] * 9,
+    "drafted_depth": [4] * 9,
+    "accepted": [0] * 9,
+    "round_seconds": [0.1] * 9,
+}
 
 
 def measured(
@@ -125,6 +132,25 @@ def test_what_disturbs_a_few_passes_hides_a_slow_down_from_the_speed_and_not_fro
     assert statuses(found, "pass_cost>0%") == {"regressed"}
     assert found.cells[1].changes["pass_cost"].base == pytest.approx(1.5, rel=0.01), "3 tokens a pass, twice as fast"
     assert statuses(held_against(base, base, "pass_cost>0%"), "pass_cost>0%") == {"ok"}
+
+
+def test_a_lost_row_changes_no_tau() -> None:
+    """One prompt takes other passes than the others, and one of its rounds is missing on one side."""
+    base = measured()
+    told = [
+        msgspec.structs.replace(one, **SHORT) if one.prompt_id == "p3" and one.cell.method == "s3d" else one
+        for one in base.rows
+    ]
+    lost = [one for one in told if (one.prompt_id, one.round, one.cell.method) != ("p3", 1, "s3d")]
+    found = held_against(replace(base, rows=tuple(told)), replace(base, rows=tuple(lost)), "tau<-1%")
+    change = next(cell for cell in found.cells if cell.label == "s3d").changes["tau"]
+    assert change.base == change.new == pytest.approx((3 * 9 + 9) / (3 * 3 + 9))
+
+
+def test_runs_that_shared_a_process_are_not_like_others() -> None:
+    found = held_against(measured(), measured(isolation="run"))
+    assert any("isolation" in line for line in found.unlike)
+    assert held_against(measured(), measured(isolation="cell")).unlike == ()
 
 
 def test_one_round_has_no_interval_and_judges_no_speed() -> None:

@@ -11,6 +11,7 @@ import pytest
 import tiny_chat
 import torch
 from bench import steady
+from factory import cell
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from harness import decode, lossless, verify_command, weights
 from harness.decode import Step
 from harness.errors import UserError
 from harness.lossless import Finding, Heading, acceptance, first_difference, judge, summary
+from harness.plan import Planned
 from harness.target import Target
 from harness.verify import Verdict
 from harness.verify_command import share, verify
@@ -198,6 +200,35 @@ def test_what_was_killed_goes_on_and_repeats_nothing(chat: dict[str, Any], monke
     assert sorted(chat["out"].read_bytes().splitlines(keepends=True)) == sorted(whole)
 
 
+def test_what_other_code_wrote_is_decoded_again(chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verify(**chat | {"methods": "ar"}) == 0
+    with monkeypatch.context() as patch:
+        plant(patch, every=17, token=9)
+        assert verify(**chat | {"methods": "ar"}) == 0, "nothing that the file knows of has changed"
+        patch.setattr(verify_command, "made_with", lambda one: "edited")
+        assert verify(**chat | {"methods": "ar"}) == 1
+    assert verify(**chat | {"methods": "layerskip"}) == 0, "another method's verdict is not this one's"
+    assert verify(**chat | {"methods": "ar"}) == 0, "mended"
+
+
+def test_a_finding_names_its_code_and_its_drafter(chat: dict[str, Any], tmp_path: Path) -> None:
+    hashes = []
+    for name, content in (("ar", None), ("layerskip", None), ("ar", b"one"), ("ar", b"two")):
+        (tmp_path / "drafter").write_bytes(content or b"")
+        drafter = None if content is None else str(tmp_path / "drafter")
+        hashes.append(verify_command.made_with(Planned(cell=cell(name), drafter=drafter)))
+    assert len(set(hashes)) == 4
+
+
+def test_controls_of_shards_add_up(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, flips in zip(paths, (3, 9), strict=True):
+        lossless.append(path, lossless.Control(weights="base", positions=1000, flips=flips))
+    assert lossless.read_controls([*paths, paths[0]]) == {
+        "base": lossless.Control(weights="base", positions=2000, flips=12)
+    }
+
+
 def test_another_setting_does_not_mix_into_the_file(chat: dict[str, Any]) -> None:
     verify(**chat | {"methods": "ar"})
     with pytest.raises(UserError, match="other settings"):
@@ -366,6 +397,13 @@ def test_argmax_drafts_scored_with_their_softmax_are_caught(
     monkeypatch.setattr(LayerSkip, "propose", propose)
     assert verify(**chat | SAMPLING | {"methods": "layerskip:threshold=0.0:gamma=3"}) == 1
     assert "DIVERGED" in capsys.readouterr().out
+
+
+def test_sampling_is_not_tested_where_the_target_itself_depends_on_the_chunk(
+    chat: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(**chat | SAMPLING | {"methods": "ar", "bits": "8", "samples": 2}) == 0
+    assert "not testable in these bits" in capsys.readouterr().out
 
 
 def test_too_few_tokens_to_test_a_distribution_is_a_mistake(chat: dict[str, Any]) -> None:

@@ -49,6 +49,17 @@ def test_a_call_is_captured_once_a_name_shape_and_span() -> None:
     assert runtime.captures == 4
 
 
+def test_a_capture_that_failed_is_remembered() -> None:
+    runtime = Rehearsal()
+    with pytest.raises(ZeroDivisionError):
+        runtime.call("bad", lambda x: 1 // 0, torch.tensor([1.0]))
+    assert runtime.broken
+    fine = Rehearsal()
+    fine.call("good", torch.neg, torch.tensor([1.0]))
+    assert not fine.broken
+    assert not Runtime().broken
+
+
 def test_calls_within_a_capture_belong_to_it() -> None:
     runtime = Rehearsal()
     outer = runtime.call("outer", lambda x: runtime.call("inner", torch.neg, x) + 1, torch.tensor([2.0]))

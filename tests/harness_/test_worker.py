@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bench
 import msgspec
@@ -17,7 +20,7 @@ import prompts
 from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
 from harness.memory import attribute
-from harness.plan import Job, Plan, plan, read_request
+from harness.plan import Job, Plan, Turn, plan, read_request
 from harness.results import Trial, append_trial, read_trials
 from harness.weights import Bits, ModelSource
 
@@ -169,6 +172,36 @@ def test_what_is_in_the_file_is_not_measured_again(ready: Ready) -> None:
     assert [t.prompt_id for t in trials] == ["one", "two", "two", "two", "three"]
     assert [t.text for t in trials if t.prompt_id == "one"] == ["kept"]
     assert all(t.token_texts is None for t in trials), "pieces are stored in round 0 only"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_after_a_capture_that_failed_nothing_of_the_cell_counts(
+    broken: bool, ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = msgspec.structs.replace(ready.job("ar"), trials=str(ready.directory / f"broken-{broken}.jsonl"))
+    own, turns = worker.Bench.trial, list(ready.plan.turns())
+
+    def trial(self: worker.Bench, turn: Turn) -> dict[str, Any]:
+        if turn == turns[1]:
+            self.target.runtime.broken = broken
+            raise MemoryError("no room to capture")
+        return own(self, turn)
+
+    monkeypatch.setattr(worker.Bench, "trial", trial)
+    left = worker.work(job, ready.plan, lambda event: None)
+    rows = [row[0] for row in read_trials(Path(job.trials)) if row]
+    assert [row.outcome for row in rows] == ["ok", "oom", *(["oom", "oom"] if broken else ["ok", "ok"])]
+    assert (left is None) is broken
+    assert not broken or "after a capture that failed" in (rows[-1].reason or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are forgotten by /proc")
+def test_a_peak_of_the_resident_set_can_be_forgotten() -> None:
+    held = bytearray(os.urandom(1) * (200 << 20))
+    before = meters.peak_rss_bytes()
+    del held
+    meters.forget_peak_rss()
+    assert meters.peak_rss_bytes() < before - (150 << 20)
 
 
 def test_sampling_repeats_for_a_seed_and_differs_between_prompts(ready: Ready) -> None:
