@@ -76,6 +76,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 def _with(module: nn.Module, replaced: dict[str, Adapted], prefix: str = "") -> nn.Module:
     """A module like this one over the same weights, with some of its descendants replaced."""
     twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # accelerate's, over several devices: it would call the module copied from
     children = {}
     for name, child in module.named_children():
         path = f"{prefix}{name}"

@@ -104,7 +104,7 @@ def decode(
         new_tokens += committed
         tokens += committed
         clock.mark("host")
-        yield Step(len(draft), draft.shape.longest, len(accepted.nodes), tuple(committed), 1 + draft.host_syncs)
+        yield Step(len(draft), accepted.deepest, len(accepted.nodes), tuple(committed), 1 + draft.host_syncs)
 
 
 def decide(target: Target, draft: Draft, scores: Scores, sampler: Sampler, rule: Typical | None) -> Verdict:

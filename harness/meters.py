@@ -118,11 +118,15 @@ class AcceleratorGauges(Gauges):
         )
 
 
-def cap(device: torch.device, budget_bytes: int) -> None:
-    """Let this process's allocator reserve no more. The device's context, some 0.5 GiB, is not its own."""
+def cap(device: torch.device, budget_bytes: int, *, everywhere: bool = False) -> None:
+    """Let this process's allocator reserve no more, on one device or on each. The device's context, some 0.5 GiB, is
+    not the allocator's.
+    """
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), device)
+        one = torch.cuda.current_device() if device.index is None else device.index
+        for index in range(torch.cuda.device_count()) if everywhere else (one,):
+            total = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total), index)
 
 
 class ShardedGauges(AcceleratorGauges):

@@ -24,6 +24,10 @@ WARM_UPS = 2
 "runs before a capture: libraries choose their algorithms and allocate workspaces, compiled code is made"
 
 
+class CaptureError(RuntimeError):
+    """A capture failed, for its cause, and left the process in a state in which nothing more may be measured."""
+
+
 class Runtime:
     """Eager: transformers' own kernels, one launch each."""
 
@@ -39,9 +43,6 @@ class Runtime:
     def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
         """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide."""
         return function(*inputs)
-
-    broken = False
-    "whether a capture failed"
 
     @property
     def captures(self) -> int:
@@ -90,8 +91,6 @@ class CapturingRuntime(FixedRuntime):
         self._captured: dict[Hashable, Capture] = {}
         self._kept: set[int] = set()
         self._capturing = False
-        self.broken = False
-        "a capture failed, and with it the process: nothing that is decoded after it counts"
 
     def capture(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[Capture, Any]:
         """Record `function(*inputs)`, whose inputs stay where they are: the capture and its outputs."""
@@ -110,11 +109,15 @@ class CapturingRuntime(FixedRuntime):
         places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
         key = (name, places, tuple(cache.span for cache in self.caches))
         if key not in self._captured:
-            self._capturing = self.broken = True
+            self._capturing = True
             fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
-            self._captured[key], outputs = self.capture(function, fixed)
+            try:
+                self._captured[key], outputs = self.capture(function, fixed)
+            except Exception as error:
+                raise CaptureError(str(error)) from error
+            finally:
+                self._capturing = False
             self._kept |= {id(tensor) for tensor in tensors_of(outputs)}
-            self._capturing = self.broken = False
         return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
 
 

@@ -161,7 +161,8 @@ class Trunk:
 
     def compile(self) -> None:
         """From now on layers over fixed addresses run as one compiled function, the same code for all of them."""
-        torch._dynamo.config.recompile_limit = 64  # one for each size of forward, span and kind of layer
+        # One for each size of forward, span and kind of layer.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
         self._compiled = torch.compile(
             run_layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
         )
@@ -211,8 +212,8 @@ def horizon(config: Any) -> int | None:
     each = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     if not any(part.get("rope_type", "default") in ("longrope", "dynamic") for part in each):
         return None
-    original: int | None = getattr(config, "original_max_position_embeddings", None)
-    return original or config.max_position_embeddings
+    told: list[int | None] = [part.get("original_max_position_embeddings") for part in (*each, vars(config))]
+    return min((original for original in told if original), default=int(config.max_position_embeddings))
 
 
 def _windows(config: Any, depth: int) -> dict[int, int] | None:
@@ -312,6 +313,7 @@ def cut_model(trunk: Trunk, layers: int, intermediate: int) -> Any:
             # Gemma's norms scale by 1 + weight, all others by weight.
             nn.init.constant_(parameter, 0.0 if config.model_type.startswith("gemma") else 1.0)
     body.norm = copy.deepcopy(trunk.body.norm)
+    body.norm.__dict__.pop("forward", None)  # accelerate's, which would send it to where the original is
     body.embed_tokens, body.rotary_emb = trunk.body.embed_tokens, trunk.body.rotary_emb
     model.lm_head = trunk.head_module
     return model.eval()

@@ -24,6 +24,8 @@ class Accepted(NamedTuple):
     nodes: list[int]
     tokens: list[int]
     bonus: int
+    deepest: int
+    "depth of the draft, which a tree that was shaped on the device does not reach always"
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ class Verdict:
     last: Tensor
 
     @classmethod
-    def of(cls, path_K: Tensor, tokens_K: Tensor, count: Tensor, last: Tensor, bonus: Tensor) -> Verdict:
-        packed = torch.cat((count.view(1), bonus.view(1), path_K, tokens_K))
+    def of(
+        cls, path_K: Tensor, tokens_K: Tensor, count: Tensor, last: Tensor, bonus: Tensor, deepest: Tensor
+    ) -> Verdict:
+        packed = torch.cat((count.view(1), bonus.view(1), deepest.view(1), path_K, tokens_K))
         longest = path_K.shape[0]
-        return cls(packed, packed[0], packed[1], packed[2 : 2 + longest], packed[2 + longest :], last)
+        return cls(packed, packed[0], packed[1], packed[3 : 3 + longest], packed[3 + longest :], last)
 
     def host(self) -> Accepted:
         """THE device-to-host copy of a round."""
-        count, bonus, *rest = self.packed.tolist()
-        return Accepted(rest[:count], rest[len(rest) // 2 :][:count], bonus)
+        count, bonus, deepest, *rest = self.packed.tolist()
+        return Accepted(rest[:count], rest[len(rest) // 2 :][:count], bonus, deepest)
 
 
 @dataclass(frozen=True)
@@ -154,4 +158,4 @@ def verdict_at(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
     on_path_KM = _entry(shape.ancestors_MM, last) & (shape.depth_M == depths_K[:, None])
     path_K = on_path_KM.int().argmax(-1)
     tokens_M = torch.cat((draft.tokens_N.new_zeros(1), draft.tokens_N))
-    return Verdict.of(path_K, tokens_M[path_K], _entry(shape.depth_M, last), last, bonus)
+    return Verdict.of(path_K, tokens_M[path_K], _entry(shape.depth_M, last), last, bonus, shape.depth_M.max())

@@ -29,6 +29,7 @@ from harness.errors import UserError
 from harness.method import Method
 from harness.plan import Job, Plan, Turn
 from harness.results import Outcome, append_trial, read_trials
+from harness.runtime import CaptureError
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.watched import Watched
@@ -39,6 +40,7 @@ WARM_UP_PASSES = 6
 "at most"
 SETTLED = 0.9
 "a warm-up goes on while its median step takes less than this share of the one before"
+POISONED = "not measured, for a capture had failed before in this process"
 SPARE_SLOTS = 64
 """Cache slots beyond the longest text, the same for every method whose rounds fit, so that caches are alike."""
 
@@ -55,7 +57,12 @@ def main() -> None:
         if place and (bench is None or bench.job.cell != job.cell):  # None where the cell before could not be set up
             loaded, bench = None if bench is None else bench.lend(job), None
             free()
-        bench = work(job, plan, emit, bench, loaded)
+        try:
+            bench = work(job, plan, emit, bench, loaded)
+        except CaptureError as error:
+            for later in (msgspec.json.decode(Path(path).read_bytes(), type=Job) for path in sys.argv[place + 2 :]):
+                fail(later, plan, missing(later, plan), "killed", f"{POISONED}: {error}", emit)
+            return
 
 
 def started(job: Job, plan: Plan) -> child.Started:
@@ -78,13 +85,16 @@ def work(
 ) -> Bench | None:
     """Measure what is missing of a job; what can do the next round of its cell.
 
-    `bench` has this cell from an earlier round, `loaded` its target from another cell.
+    `bench` has this cell from an earlier round, `loaded` its target from another cell. Raises CaptureError, with a row
+    for every turn, where the process can measure no more.
     """
     turns = missing(job, plan)
     try:
         bench = set_up(job, plan, loaded) if bench is None else replace(bench, job=job)
     except Exception as error:
         fail(job, plan, turns, *diagnose(error), emit)
+        if isinstance(error, CaptureError):
+            raise
         return None
     for index, turn in enumerate(turns):
         try:
@@ -92,9 +102,9 @@ def work(
         except Exception as error:
             outcome, reason = diagnose(error)
             fail(job, plan, [turn], outcome, reason, emit)
-            if bench.target.runtime.broken:
-                fail(job, plan, turns[index + 1 :], outcome, f"after a capture that failed: {reason}", emit)
-                return None
+            if isinstance(error, CaptureError):
+                fail(job, plan, turns[index + 1 :], outcome, f"{POISONED}: {reason}", emit)
+                raise
         else:
             append_trial(Path(job.trials), job.row(plan, turn, "ok", **measured))
             emit(child.Decoded("ok", 1, len(measured["new_tokens"]) - 1, measured["decode_seconds"]))
@@ -119,6 +129,8 @@ def missing(job: Job, plan: Plan) -> list[Turn]:
 
 def diagnose(error: Exception) -> tuple[Outcome, str]:
     """What a failure is called, and its reason in the row."""
+    if isinstance(error, CaptureError) and isinstance(error.__cause__, Exception):
+        return diagnose(error.__cause__)
     text = str(error).strip()
     if isinstance(error, UserError):
         return "unsupported", text
@@ -268,7 +280,7 @@ def set_up(job: Job, plan: Plan, loaded: LoadedModel | None = None) -> Bench:
     planned = plan.cells[job.cell]
     cell = planned.cell
     if plan.vram_budget_bytes is not None:
-        meters.cap(torch.device(cell.device), plan.vram_budget_bytes)
+        meters.cap(torch.device(cell.device), plan.vram_budget_bytes, everywhere=plan.device_map is not None)
     loaded = loaded or weights.load(
         job.source,
         Bits.parse(cell.bits),

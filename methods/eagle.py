@@ -249,7 +249,9 @@ def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, .
     """
     stored, _ = checkpoint.metadata(path)
     tensors = {name.replace("midlayer.", "layers.0."): t for name, t in checkpoint.tensors(path).items()}
-    config = draft_config(trunk) | {k: v for k, v in _flat(stored).items() if v is not None}
+    told = {k: v for k, v in _flat(stored).items() if v is not None}
+    # The authors' own configurations leave rope_theta out where it is their code's default.
+    config = draft_config(trunk) | ({"rope_theta": 10_000.0} if stored else {}) | told
     generation = 3 if "layers.0.hidden_norm.weight" in tensors else 1
     config["fc_bias"] = "fc.bias" in tensors
     config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in tensors
@@ -280,10 +282,15 @@ def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, .
 def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...]:
     if generation == 1:
         return (depth,)
-    named = stored.get("taps") or stored.get("eagle_aux_hidden_state_layer_ids")
+    aux = "eagle_aux_hidden_state_layer_ids"
+    named = stored.get("taps") or stored.get(aux) or (stored.get("eagle_config") or {}).get(aux)
     if named is None:
         return (2, depth // 2, depth - 3)
     # speculators name either the inputs of layers or the layers themselves; a first id of 1 means the latter.
+    if len(named) != 3:
+        raise ValueError(
+            f"this EAGLE-3 checkpoint reads {len(named)} hidden states; one that reads three can be loaded"
+        )
     shift = 1 if "taps" not in stored and named[0] == 1 else 0
     return tuple(tap + shift for tap in named)
 

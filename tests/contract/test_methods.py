@@ -312,7 +312,8 @@ def forced(draft: Draft, node: int, bonus: int) -> Verdict:
     pad = [0] * (shape.longest - len(path))
     path_K = torch.tensor([*path, *pad], dtype=torch.long)
     tokens_K = torch.tensor([*(int(draft.tokens_N[i - 1]) for i in path), *pad], dtype=torch.long)
-    return Verdict.of(path_K, tokens_K, torch.tensor(len(path)), torch.tensor(node), torch.tensor(bonus))
+    deepest = draft.shape.depth_M.max()
+    return Verdict.of(path_K, tokens_K, torch.tensor(len(path)), torch.tensor(node), torch.tensor(bonus), deepest)
 
 
 def exact(target: Target, prompt: list[int], length: int, draws: Sampler) -> Tensor:

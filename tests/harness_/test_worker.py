@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from harness.errors import UserError
 from harness.memory import attribute
 from harness.plan import Job, Plan, Turn, plan, read_request
 from harness.results import Trial, append_trial, read_trials
+from harness.runtime import CaptureError
 from harness.weights import Bits, ModelSource
 
 NEW_TOKENS = 24
@@ -182,17 +184,21 @@ def test_after_a_capture_that_failed_nothing_of_the_cell_counts(
     own, turns = worker.Bench.trial, list(ready.plan.turns())
 
     def trial(self: worker.Bench, turn: Turn) -> dict[str, Any]:
-        if turn == turns[1]:
-            self.target.runtime.broken = broken
+        if turn != turns[1]:
+            return own(self, turn)
+        try:
             raise MemoryError("no room to capture")
-        return own(self, turn)
+        except MemoryError as error:
+            if broken:
+                raise CaptureError("no room") from error
+            raise
 
     monkeypatch.setattr(worker.Bench, "trial", trial)
-    left = worker.work(job, ready.plan, lambda event: None)
+    with pytest.raises(CaptureError) if broken else nullcontext():
+        worker.work(job, ready.plan, lambda event: None)
     rows = [row[0] for row in read_trials(Path(job.trials)) if row]
     assert [row.outcome for row in rows] == ["ok", "oom", *(["oom", "oom"] if broken else ["ok", "ok"])]
-    assert (left is None) is broken
-    assert not broken or "after a capture that failed" in (rows[-1].reason or "")
+    assert not broken or "a capture had failed before in this process" in (rows[-1].reason or "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are forgotten by /proc")
@@ -298,13 +304,24 @@ def test_on_a_cpu_a_cell_over_the_budget_is_a_row(ready: Ready) -> None:
     assert all(trial.memory is None for trial in trials)
 
 
-def test_on_an_accelerator_the_allocator_gets_the_budgets_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[float] = []
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_on_an_accelerator_the_allocator_gets_the_budgets_share(
+    everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes a device with an index, or the index alone, and nothing else: `cuda` has none."""
+    shares: list[tuple[float, int]] = []
+
+    def fraction(share: float, device: Any) -> None:
+        shares.append((share, torch._utils._get_device_index(device)))
+
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for budget in (8, 100):
-        meters.cap(torch.device("cuda"), budget * 2**30)
-    assert shares == [0.1, 1.0]
+        meters.cap(torch.device("cuda"), budget * 2**30, everywhere=everywhere)
+    devices = (0, 1) if everywhere else (0,)
+    assert shares == [(share, device) for share in (0.1, 1.0) for device in devices]
 
 
 def test_half_a_line_is_not_continued(tmp_path: Path, ready: Ready) -> None:
