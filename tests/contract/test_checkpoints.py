@@ -16,6 +16,8 @@ from torch import Tensor
 
 from harness import drafter
 from harness.target import Target
+from harness.trunk import Trunk
+from methods.eagle import load_layer
 
 PROMPT = text(17, VOCAB)
 DRAFT_IDS = torch.arange(5, VOCAB, 3)
@@ -223,6 +225,24 @@ def test_eagle3_under_speculators_names_drafts_alike(tmp_path: Path) -> None:
         found = proposal(directory(tmp_path / str(number), speculators_names(tensors), config), model)
         assert found[0] == native[0]
         torch.testing.assert_close(found[1], native[1])
+
+
+def test_taps_may_be_named_in_a_configuration_within_the_configuration(tmp_path: Path) -> None:
+    trunk, tensors = Trunk(tiny("llama", num_hidden_layers=6)), eagle3_tensors()
+    nested = SIZES | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}}
+    assert load_layer(directory(tmp_path / "nested", tensors, nested), trunk)[2] == (0, 1, 2)
+    two = SIZES | {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+    with pytest.raises(ValueError, match="reads 2 hidden states"):
+        load_layer(directory(tmp_path / "two", tensors, two), trunk)
+
+
+def test_a_configuration_without_a_base_means_the_authors_and_not_the_targets(tmp_path: Path) -> None:
+    trunk = Trunk(tiny("llama", rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}))
+    silent = {name: value for name, value in SIZES.items() if name != "rope_theta"}
+    for number, (config, base) in enumerate(((silent, 1e4), (silent | {"rope_theta": None}, 1e4), (SIZES, 1e4))):
+        layer, _, _ = load_layer(directory(tmp_path / str(number), eagle3_tensors(), config), trunk)
+        assert layer.base == base
+    assert SIZES["rope_theta"] == 1e4
 
 
 def test_our_own_checkpoint_and_its_native_form_draft_alike(tmp_path: Path) -> None:

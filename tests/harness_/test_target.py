@@ -98,7 +98,8 @@ def test_trees_with_the_right_path_among_wrong_ones_decode_the_targets_text(
         draft = Draft(tokens, built)
         verdict = verify_greedy(draft, score(target, said[-1], draft).logits_MV)
         keep(target, verdict, draft)
-        _, accepted, bonus = verdict.host()
+        _, accepted, bonus, deepest = verdict.host()
+        assert deepest == int(tree(parents, CPU).depth_M.max())
         assert int(verdict.last) >= at
         said += [*accepted, bonus]
     assert said == truth[: len(said)]
@@ -316,6 +317,10 @@ def test_long_rotations_are_refused_where_they_would_change_the_past() -> None:
     model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=64, max_position_embeddings=256)
     assert horizon(model.config) == 64
     assert horizon(tiny("gemma3").config) is None
+    elsewhere = tiny(
+        "llama", rope_parameters=rope | {"original_max_position_embeddings": 128}, max_position_embeddings=256
+    )
+    assert horizon(elsewhere.config) == 128
     with pytest.raises(ValueError, match="64 positions"):
         Target(model, capacity=65)
     target = Target(model, capacity=64)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bench
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import VOCAB, tiny
 
+from harness.adapters import LoRA
 from harness.attention import CacheView
 from harness.draft import chain, tree
 from harness.trunk import ARCHITECTURES, Trunk, fused
@@ -60,6 +62,27 @@ def test_fused_norms_are_the_same_norms(architecture: str) -> None:
         with torch.inference_mode():
             logits.append(trunk.head(trunk.run(trunk.embed(ids_T)[None], positions, view)[0]))
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_stay_active_where_accelerate_dispatched_the_model() -> None:
+    """Its hooks are attributes of the modules, and a copied one would run what it was copied from."""
+    ids_T = torch.tensor(bench.text(12, VOCAB))
+    hidden = []
+    for hooked in (False, True):
+        model = tiny("llama")
+        for module in model.modules() if hooked else ():
+            add_hook_to_module(module, AlignDevicesHook("cpu"))
+        trunk = Trunk(model)
+        torch.manual_seed(0)
+        lora = LoRA(trunk, range(4), rank=4)
+        bench.shake(lora)
+        positions = torch.arange(12)
+        for instead in (None, lora.layers):
+            view = CacheView(trunk.cache(16), 0, positions)
+            with torch.inference_mode():
+                hidden.append(trunk.run(trunk.embed(ids_T)[None], positions, view, instead=instead)[0])
+    torch.testing.assert_close(hidden[3], hidden[1], rtol=0, atol=0)
+    assert not torch.allclose(hidden[3], hidden[2])
 
 
 def test_gemmas_norms_stay_as_written() -> None:

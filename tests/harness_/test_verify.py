@@ -71,7 +71,7 @@ def test_greedy_follows_the_targets_choices_down_the_tree(case: tuple[tuple[int,
     draft = Draft(torch.tensor(tokens, dtype=torch.long), tree(parents, CPU))
     verdict = verify_greedy(draft, one_hot(best))
     path, bonus = walked(parents, tokens, best)
-    assert verdict.host() == (path, [tokens[node - 1] for node in path], bonus)
+    assert verdict.host()[:3] == (path, [tokens[node - 1] for node in path], bonus)
     assert int(verdict.last) == (path[-1] if path else 0)
     assert int(verdict.count) == len(path)
 
@@ -93,16 +93,16 @@ def test_padding_of_short_paths_is_never_accepted(temperature: float) -> None:
     parents = (0, 0, 1, 3, 2)  # 1 - 3 - 4 is long, 2 - 5 is short
     draft = Draft(torch.tensor([7, 0, 0, 0, 0]), tree(parents, CPU))
     sampler = Sampler(temperature, 1.0, torch.Generator().manual_seed(0))
-    nodes, tokens, bonus = verify(draft, one_hot([0] * 6), sampler).host()
+    nodes, tokens, bonus, _ = verify(draft, one_hot([0] * 6), sampler).host()
     assert (nodes, tokens, bonus) == ([2, 5], [0, 0], 0)
-    nodes, tokens, bonus = verify(draft, one_hot([3] * 6), sampler).host()
+    nodes, tokens, bonus, _ = verify(draft, one_hot([3] * 6), sampler).host()
     assert (nodes, tokens, bonus) == ([], [], 3)
 
 
 def test_an_empty_draft_gives_the_targets_next_token() -> None:
-    assert verify(nothing(CPU), one_hot([5]), Sampler()).host() == ([], [], 5)
+    assert verify(nothing(CPU), one_hot([5]), Sampler()).host() == ([], [], 5, 0)
     sampler = Sampler(1e-3, 1.0, torch.Generator().manual_seed(0))
-    assert verify(nothing(CPU), one_hot([5]), sampler).host() == ([], [], 5)
+    assert verify(nothing(CPU), one_hot([5]), sampler).host() == ([], [], 5, 0)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -303,11 +303,11 @@ def test_nothing_left_to_draw_from_is_not_nan(dtype: torch.dtype) -> None:
     sampler = Unlucky(1.0, 1.0, torch.Generator().manual_seed(0))
     certain = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=dtype)
     rejected = verify_sampled(Draft(torch.tensor([1]), chain(1, CPU)), certain, sampler).host()
-    assert rejected == ([], [], 1)
+    assert rejected == ([], [], 1, 1)
     even = torch.full((2, 3), 1 / 3, dtype=dtype)
     for drawn in (Drawn.IID, Drawn.WITHOUT_REPLACEMENT):
         draft = Draft(torch.tensor([1, 2]), tree((0, 0), CPU), drawn, even[:1], torch.tensor([0, 0]))
-        _, _, bonus = verify_sampled(draft, even.repeat(2, 1)[:3], sampler).host()
+        _, _, bonus, _ = verify_sampled(draft, even.repeat(2, 1)[:3], sampler).host()
         assert bonus in (0, 1, 2)
 
 
