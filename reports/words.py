@@ -46,7 +46,7 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
     fits = [row for row in here if row.decode_tokens_per_second and not _ran_out(row)]
     sure = [row for row in fits if row.verdict.kind not in UNFAITHFUL]
     ranked = sorted(sure, key=lambda row: -(row.decode_tokens_per_second or 0.0))
-    where = f" at {context:,} tokens of context" * (len(contexts) > 1 and context is not None)
+    where = f" at {context:,} tokens of context" if len(contexts) > 1 and context is not None else ""
     text = "SYNTHETIC: within" if any(row.synthetic for row in here) else "Within"
     text += f" {budget_bytes / GIB:.3g} GiB{where} "
     out = sum(map(_ran_out, here))

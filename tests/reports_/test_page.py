@@ -285,6 +285,11 @@ def test_a_budget_is_answered_over_all_bits() -> None:
     assert "Within 8 GiB fastest is s3d in 16 bits" in page
 
 
+def test_a_budget_is_answered_without_a_context() -> None:
+    (line,) = fitting(summary(run(trial(cell(), [1] * 4))), 2**30)
+    assert line == "Within 1 GiB fastest is ar in 32 bits (10.0 tok/s, peak 0.50 GiB); every cell fits."
+
+
 def test_the_longest_context_that_fits_is_told() -> None:
     trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
     out = failed(cell("s3d", context=16384))
