@@ -9,7 +9,7 @@ from harness.metrics import GIB, Row
 from harness.results import Quality, Run, Training
 from harness.stats import Interval
 from reports.parts import Parts
-from reports.tables import bits_name, gib, grouped, number, pareto, plain, target_name, times
+from reports.tables import bits_name, direction, gib, grouped, number, pareto, plain, target_name, times
 
 MOST_NAMES = 6
 UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
@@ -90,7 +90,7 @@ def _answer(group: Sequence[Row]) -> str:
         return f"{why}: no speed-up can be given."
     if not faithful:
         return "no method that finished keeps the target's text: see the table."
-    best = max(faithful, key=_speedup)
+    best = _leader(faithful)
     text = _fastest(best, faithful) + _faster_but_unfaithful(best, compared)
     per_gib = [row for row in faithful if row.per_gib_relative is not None]
     if inflated(group):
@@ -98,6 +98,14 @@ def _answer(group: Sequence[Row]) -> str:
     return text + (
         f"; {_most_per_gib(max(per_gib, key=_per_gib), best)}." if per_gib else "; peak memory is not known."
     )
+
+
+def _leader(faithful: Sequence[Row]) -> Row:
+    """The highest speed-up; where its interval leaves open whether it is faster, the highest that surely is."""
+    best = max(faithful, key=_speedup)
+    told = {row.cell.id: direction(row.speedup) for row in faithful if row.speedup is not None}
+    sure = [row for row in faithful if told[row.cell.id] == "faster"]
+    return max(sure, key=_speedup) if sure and told[best.cell.id] == "no clear difference" else best
 
 
 def inflated(rows: Sequence[Row]) -> bool:

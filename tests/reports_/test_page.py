@@ -305,6 +305,21 @@ def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
     assert f"s3d is fastest at 2.00{TIMES} plain decoding (one round: no interval)" in answer(method_run(rounds=1))
 
 
+def test_what_is_surely_faster_leads_whatever_ran_ahead_of_it_by_luck() -> None:
+    paces = {"ar": (0.1, 0.1, 0.1), "eagle": (0.02, 0.05, 0.13), "s3d": (0.08, 0.079, 0.081)}
+    told = answer(
+        run(
+            *(
+                trial(cell(name), [1] * 4, pace[index], round=index)
+                for index in range(3)
+                for name, pace in paces.items()
+            )
+        )
+    )
+    assert f"s3d is fastest at 1.25{TIMES} plain decoding" in told
+    assert "level with eagle whose interval overlaps" in told
+
+
 def test_a_slowdown_is_as_plain_as_a_speedup() -> None:
     slow = method_run(method_seconds=0.2)
     assert f"nothing is faster than plain decoding; s3d comes nearest at 0.50{TIMES}" in answer(slow)
