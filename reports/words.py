@@ -50,7 +50,10 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
     text = "SYNTHETIC: within" if any(row.synthetic for row in here) else "Within"
     text += f" {budget_bytes / GIB:.3g} GiB{where} "
     out = sum(map(_ran_out, here))
-    tail = f"; {out} of {len(here)} cells do not fit." if out else "; every cell fits."
+    cut = sum(not _ran_out(row) and (not row.trials_ok or "killed" in row.outcomes) for row in here)
+    tail = f"; {out} of {len(here)} cells do not fit" * bool(out)
+    tail += f"; {cut} of {len(here)} cells did not run to the end" * bool(cut)
+    tail = f"{tail or '; every cell fits'}."
     if not ranked:
         return f"{text}nothing that was planned runs{tail}"
     told = [

@@ -290,6 +290,19 @@ def test_a_budget_is_answered_without_a_context() -> None:
     assert line == "Within 1 GiB fastest is ar in 32 bits (10.0 tok/s, peak 0.50 GiB); every cell fits."
 
 
+def test_a_cell_that_did_not_run_is_not_said_to_fit() -> None:
+    def line(*trials: Trial) -> str:
+        return fitting(summary(run(*trials)), 2**30)[0]
+
+    refused = failed(cell("eagle"), "unsupported", "no trained drafter")
+    killed, out = failed(cell("s3d"), "killed", "ended by SIGKILL"), failed(cell("medusa"))
+    assert line(refused) == "Within 1 GiB nothing that was planned runs; 1 of 1 cells did not run to the end."
+    assert line(trial(cell()), trial(cell("s3d"), prompt_id="p1"), killed).endswith(
+        "; 1 of 2 cells did not run to the end."
+    )
+    assert line(refused, killed, out).endswith("; 1 of 3 cells do not fit; 2 of 3 cells did not run to the end.")
+
+
 def test_the_longest_context_that_fits_is_told() -> None:
     trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
     out = failed(cell("s3d", context=16384))
