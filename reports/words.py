@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import structs
+
 from harness.intervals import Control, controls
 from harness.metrics import GIB, Row
-from harness.results import Quality, Run, Training
+from harness.results import Cell, Quality, Run, Training
 from harness.stats import Interval
 from reports.parts import Parts
 from reports.tables import bits_name, direction, gib, grouped, number, pareto, plain, target_name, times
@@ -66,18 +68,22 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
 
 def _longest_contexts(rows: Sequence[Row]) -> list[str]:
     """A sentence where several contexts were tried."""
-    tried: dict[tuple[str, str], list[Row]] = {}
+    tried: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.cell.context is not None:
-            tried.setdefault((row.cell.label, row.cell.bits), []).append(row)
+            tried.setdefault((row.cell.label, *_any_context(row).target), []).append(row)
     if max((len({row.cell.context for row in group}) for group in tried.values()), default=0) < 2:
         return []
-    told = []
-    for (label, bits), group in tried.items():
+    told, cells = [], list(map(_any_context, rows))
+    for (label, *_), group in tried.items():
         fits = [row.cell.context or 0 for row in group if row.trials_ok and not _ran_out(row)]
         longest = f"{max(fits):,}" if fits else "none"
-        told.append(f"{plain(label)} in {bits_name(bits)} {longest}")
-    return [f"Longest context, of those tried, that fits: {', '.join(told)}."]
+        told.append(f"{plain(label)} in {target_name(_any_context(group[0]), cells)} {longest}")
+    return [f"Longest context, of those tried, that fits: {'; '.join(told)}."]
+
+
+def _any_context(row: Row) -> Cell:
+    return structs.replace(row.cell, context=None)
 
 
 def _ran_out(row: Row) -> bool:
@@ -88,8 +94,11 @@ def _answer(group: Sequence[Row]) -> str:
     compared = [row for row in group if row.speedup is not None]
     faithful = [row for row in compared if row.verdict.kind not in UNFAITHFUL]
     if not compared:
-        measured = any(row.is_baseline and row.trials_ok for row in group)
-        why = "no method finished a prompt that the baseline finished" if measured else "there is no baseline measured"
+        why = "no method finished a prompt that the baseline finished"
+        if not any(row.is_baseline and row.trials_ok for row in group):
+            why = "there is no baseline measured"
+        elif all(row.is_baseline for row in group):
+            why = "only the baseline was planned"
         return f"{why}: no speed-up can be given."
     if not faithful:
         return "no method that finished keeps the target's text: see the table."

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from harness.errors import UserError
 from harness.metrics import GIB, summary
-from harness.results import Memory, Run, Training, Trial
+from harness.results import Cell, Memory, Run, Training, Trial
 from harness.stats import PROMPTS_LIKE_THESE
 from reports import charts, draw, parts, tables, texts
 from reports.page import render, write
@@ -307,7 +307,25 @@ def test_the_longest_context_that_fits_is_told() -> None:
     trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
     out = failed(cell("s3d", context=16384))
     (line,) = fitting(summary(run(*trials, trial(cell(context=16384)), out)), None)
-    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384, s3d in 32 bits 4,096."
+    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384; s3d in 32 bits 4,096."
+
+
+def test_the_longest_context_is_told_for_each_target() -> None:
+    def cells(context: int) -> list[Cell]:
+        return [cell(context=context), cell(runtime="graph", context=context), cell(weights="s3d", context=context)]
+
+    (line,) = fitting(
+        summary(run(*map(trial, cells(1024)), *map(trial, cells(4096)[:1]), *map(failed, cells(4096)[1:]))), None
+    )
+    assert line.endswith(
+        ": ar in 32 bits, eager 4,096; ar in 32 bits, graph 1,024; ar in 32 bits, weights s3d, eager 1,024."
+    )
+
+
+def test_a_run_of_the_baseline_alone_has_nothing_to_compare() -> None:
+    alone = answer(run(trial(cell())))
+    assert alone == "In 32 bits on toy, only the baseline was planned: no speed-up can be given."
+    assert "no method finished" in answer(run(trial(cell()), failed(cell("s3d"))))
 
 
 def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
@@ -397,6 +415,13 @@ def test_a_divergence_shows_what_was_agreed_and_both_ways_on() -> None:
     (found,) = texts.divergences(summary(of := run(base, other)), texts.answers(of))
     assert (found.position, found.before, found.expected, found.written) == (2, " a b", " c d", " x d")
     assert "after 2 equal tokens" in Page(render([of])).words
+
+
+def test_texts_that_were_sampled_or_drawn_part_from_nothing() -> None:
+    base, other = trial(cell("ar"), tokens=[1, 2, 3, 4]), trial(cell("s3d"), tokens=[1, 2, 9, 4])
+    sampled = run(base, other, temperature=1.0)
+    drawn = run(*(msgspec.structs.replace(each, synthetic=True, drawn_acceptance=[0.7]) for each in (base, other)))
+    assert [texts.divergences(summary(of), texts.answers(of)) for of in (sampled, drawn)] == [[], []]
 
 
 def test_parts_of_a_pass_add_up_to_its_time() -> None:
