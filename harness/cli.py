@@ -402,7 +402,8 @@ def carry_out(plan: Plan, out: str | None, command: Sequence[str] | None = None)
         with terminal.progress(plan) as on_event:
             runner.execute(plan, directory, on_event, command=said)
     except KeyboardInterrupt:
-        again = said if "--out" in said or command is not None else [*said, "--out", str(directory)]
+        named = any(word == "--out" or word.startswith("--out=") for word in said)
+        again = said if named or command is not None else [*said, "--out", str(directory)]
         raise KeyboardInterrupt(f"interrupted; `{shlex.join(again)}` goes on where it stopped") from None
     write_report(directory)
     return directory

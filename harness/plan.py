@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import torch
@@ -34,6 +34,8 @@ AUTO_ROUNDS = (5, 100)
 "fewest and most rounds of `--rounds auto`: an interval that is narrow by luck is rare from five on"
 AUTO_PRECISION, AUTO_SECONDS = 0.02, 3600.0
 FEW_PROMPTS = 24
+SMALLEST_BUDGET = 2**20
+"bytes: less is a number without its unit"
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 FindDrafter = Callable[[str, str | None, str], Path | None]
@@ -241,8 +243,21 @@ def read_request(given: Mapping[str, Any], where: str = "the command line") -> R
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at ")
         key = path.strip("`$.").partition("[")[0]
+        if words := _words(key, problem):
+            raise UserError(f"{where}: {key}: expected {words}, not {values.get(key)!r}") from None
         wanted = problem.replace("`int`", "a whole number").replace("`float`", "a number").replace("`", "")
         raise UserError(f"{where}: {key}: {wanted[0].lower()}{wanted[1:]}, not {values.get(key)!r}") from None
+
+
+def _words(key: str, problem: str) -> str:
+    """What a key that takes certain words may be; nothing for another key, or a number out of range."""
+    hint = get_type_hints(Request).get(key)
+    kinds = (hint, *get_args(hint))
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if not words or ">=" in problem:
+        return ""
+    known = ["a whole number"] * (int in kinds) + words
+    return f"{', '.join(known[:-1])} or {known[-1]}"
 
 
 def specs(methods: str | Sequence[str | Mapping[str, Any]]) -> list[method.Spec]:
@@ -320,6 +335,8 @@ def _budget(wanted: str | int, device: str) -> int:
     )
     if not size:
         raise UserError(f"a memory budget of {wanted!r} means nothing: give 8GiB, 8GB or 512MiB")
+    if found is not None and size < SMALLEST_BUDGET:
+        raise UserError(f"a memory budget of {wanted!r} is {_count(size, 'byte')}: did you mean {found[1]}GiB?")
     if device not in ("cuda", "cpu"):
         raise UserError(f"the allocator of {device} cannot be capped: --vram-budget works on cuda, and on a CPU")
     return size

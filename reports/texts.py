@@ -139,9 +139,11 @@ def _told(trial: Trial, number: int, size: int, accepted: int) -> str:
 
 
 def divergences(rows: Sequence[Row], texts: Answers) -> list[Divergence]:
-    """For each row that parts from its baseline, the answer that parts first."""
+    """For each row that parts from its baseline, the answer that parts first; sampled and drawn texts tell nothing."""
     found = []
     for row in rows:
+        if row.temperature > 0 or row.verdict.kind == "drawn":
+            continue
         pairs = [
             (position, key, trial, base)
             for key, trial in texts.items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec import structs
+
 from harness.intervals import Control, controls
 from harness.metrics import GIB, Row
-from harness.results import Quality, Run, Training
+from harness.results import Cell, Quality, Run, Training
 from harness.stats import Interval
 from reports.parts import Parts
-from reports.tables import bits_name, gib, grouped, number, pareto, plain, target_name, times
+from reports.tables import bits_name, direction, gib, grouped, number, pareto, plain, target_name, times
 
 MOST_NAMES = 6
 UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
@@ -46,11 +48,14 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
     fits = [row for row in here if row.decode_tokens_per_second and not _ran_out(row)]
     sure = [row for row in fits if row.verdict.kind not in UNFAITHFUL]
     ranked = sorted(sure, key=lambda row: -(row.decode_tokens_per_second or 0.0))
-    where = f" at {context:,} tokens of context" * (len(contexts) > 1 and context is not None)
+    where = f" at {context:,} tokens of context" if len(contexts) > 1 and context is not None else ""
     text = "SYNTHETIC: within" if any(row.synthetic for row in here) else "Within"
     text += f" {budget_bytes / GIB:.3g} GiB{where} "
     out = sum(map(_ran_out, here))
-    tail = f"; {out} of {len(here)} cells do not fit." if out else "; every cell fits."
+    cut = sum(not _ran_out(row) and (not row.trials_ok or "killed" in row.outcomes) for row in here)
+    tail = f"; {out} of {len(here)} cells do not fit" * bool(out)
+    tail += f"; {cut} of {len(here)} cells did not run to the end" * bool(cut)
+    tail = f"{tail or '; every cell fits'}."
     if not ranked:
         return f"{text}nothing that was planned runs{tail}"
     told = [
@@ -63,18 +68,22 @@ def _within(rows: Sequence[Row], budget_bytes: int, context: int | None, context
 
 def _longest_contexts(rows: Sequence[Row]) -> list[str]:
     """A sentence where several contexts were tried."""
-    tried: dict[tuple[str, str], list[Row]] = {}
+    tried: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.cell.context is not None:
-            tried.setdefault((row.cell.label, row.cell.bits), []).append(row)
+            tried.setdefault((row.cell.label, *_any_context(row).target), []).append(row)
     if max((len({row.cell.context for row in group}) for group in tried.values()), default=0) < 2:
         return []
-    told = []
-    for (label, bits), group in tried.items():
+    told, cells = [], list(map(_any_context, rows))
+    for (label, *_), group in tried.items():
         fits = [row.cell.context or 0 for row in group if row.trials_ok and not _ran_out(row)]
         longest = f"{max(fits):,}" if fits else "none"
-        told.append(f"{plain(label)} in {bits_name(bits)} {longest}")
-    return [f"Longest context, of those tried, that fits: {', '.join(told)}."]
+        told.append(f"{plain(label)} in {target_name(_any_context(group[0]), cells)} {longest}")
+    return [f"Longest context, of those tried, that fits: {'; '.join(told)}."]
+
+
+def _any_context(row: Row) -> Cell:
+    return structs.replace(row.cell, context=None)
 
 
 def _ran_out(row: Row) -> bool:
@@ -85,12 +94,15 @@ def _answer(group: Sequence[Row]) -> str:
     compared = [row for row in group if row.speedup is not None]
     faithful = [row for row in compared if row.verdict.kind not in UNFAITHFUL]
     if not compared:
-        measured = any(row.is_baseline and row.trials_ok for row in group)
-        why = "no method finished a prompt that the baseline finished" if measured else "there is no baseline measured"
+        why = "no method finished a prompt that the baseline finished"
+        if not any(row.is_baseline and row.trials_ok for row in group):
+            why = "there is no baseline measured"
+        elif all(row.is_baseline for row in group):
+            why = "only the baseline was planned"
         return f"{why}: no speed-up can be given."
     if not faithful:
         return "no method that finished keeps the target's text: see the table."
-    best = max(faithful, key=_speedup)
+    best = _leader(faithful)
     text = _fastest(best, faithful) + _faster_but_unfaithful(best, compared)
     per_gib = [row for row in faithful if row.per_gib_relative is not None]
     if inflated(group):
@@ -98,6 +110,14 @@ def _answer(group: Sequence[Row]) -> str:
     return text + (
         f"; {_most_per_gib(max(per_gib, key=_per_gib), best)}." if per_gib else "; peak memory is not known."
     )
+
+
+def _leader(faithful: Sequence[Row]) -> Row:
+    """The highest speed-up; where its interval leaves open whether it is faster, the highest that surely is."""
+    best = max(faithful, key=_speedup)
+    told = {row.cell.id: direction(row.speedup) for row in faithful if row.speedup is not None}
+    sure = [row for row in faithful if told[row.cell.id] == "faster"]
+    return max(sure, key=_speedup) if sure and told[best.cell.id] == "no clear difference" else best
 
 
 def inflated(rows: Sequence[Row]) -> bool:

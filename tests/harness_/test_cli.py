@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import factory
 import msgspec
@@ -158,6 +161,28 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(cli, "make_plan", interrupt)
     assert cli.main(["run"]) == 130
     assert capsys.readouterr().err == "harness: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [((), True), (("--out", "there"), False), (("--out=there",), False), (("--output",), True)]
+)
+def test_what_goes_on_after_ctrl_c_names_its_directory_once(
+    given: tuple[str, ...], named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import runner, terminal
+
+    plan: Any = None
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "progress", lambda plan: contextlib.nullcontext(print))
+    monkeypatch.setattr(runner, "execute", interrupt)
+    monkeypatch.setattr(sys, "argv", ["harness", "run", *given])
+    with pytest.raises(KeyboardInterrupt) as stop:
+        cli.carry_out(plan, "there")
+    asked = shlex.join(["python", "-m", "harness", "run", *given]) + " --out there" * named
+    assert str(stop.value) == f"interrupted; `{asked}` goes on where it stopped"
 
 
 def test_list_shows_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:

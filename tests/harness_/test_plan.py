@@ -138,7 +138,7 @@ def test_contexts_are_cells_of_their_own_with_their_own_baselines() -> None:
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [("8GiB", 8 * 2**30), ("8 GB", 8 * 10**9), ("512MiB", 2**29), ("1.5g", 1_500_000_000), (4096, 4096)],
+    [("8GiB", 8 * 2**30), ("8 GB", 8 * 10**9), ("512MiB", 2**29), ("1.5g", 1_500_000_000), (2**20, 2**20)],
 )
 def test_a_budget_is_bytes(written: str | int, size: int) -> None:
     assert planned(methods="ar", vram_budget=written).vram_budget_bytes == size
@@ -185,8 +185,13 @@ def test_cells_in_another_dtype_are_another_target() -> None:
         ({"raw": True, "system": "Be brief."}, "drop one of them"),
         ({"vram_budget": "much"}, "give 8GiB"),
         ({"vram_budget": "0GiB"}, "give 8GiB"),
+        ({"vram_budget": "8"}, "a memory budget of '8' is 8 bytes: did you mean 8GiB?"),
+        ({"vram_budget": 2**20 - 1}, "is 1048575 bytes"),
         ({"vram_budget": "8GiB", "device": "mps"}, "cannot be capped"),
-        ({"device_map": "sideways"}, "device_map"),
+        ({"device_map": "cuda"}, "device_map: expected auto or balanced, not 'cuda'"),
+        ({"isolation": "process"}, "isolation: expected round, cell or run, not 'process'"),
+        ({"rounds": "two"}, "rounds: expected a whole number or auto, not 'two'"),
+        ({"rounds": 2.5}, "rounds: expected a whole number or auto, not 2.5"),
         ({"context": "0"}, "1k,4k"),
         ({"context": "1k,1024"}, "the same cell twice"),
         ({"acceptance": "most"}, "no chance"),

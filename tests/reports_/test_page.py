@@ -18,7 +18,7 @@ from rich.console import Console
 
 from harness.errors import UserError
 from harness.metrics import GIB, summary
-from harness.results import Memory, Run, Training, Trial
+from harness.results import Cell, Memory, Run, Training, Trial
 from harness.stats import PROMPTS_LIKE_THESE
 from reports import charts, draw, parts, tables, texts
 from reports.page import render, write
@@ -285,11 +285,47 @@ def test_a_budget_is_answered_over_all_bits() -> None:
     assert "Within 8 GiB fastest is s3d in 16 bits" in page
 
 
+def test_a_budget_is_answered_without_a_context() -> None:
+    (line,) = fitting(summary(run(trial(cell(), [1] * 4))), 2**30)
+    assert line == "Within 1 GiB fastest is ar in 32 bits (10.0 tok/s, peak 0.50 GiB); every cell fits."
+
+
+def test_a_cell_that_did_not_run_is_not_said_to_fit() -> None:
+    def line(*trials: Trial) -> str:
+        return fitting(summary(run(*trials)), 2**30)[0]
+
+    refused = failed(cell("eagle"), "unsupported", "no trained drafter")
+    killed, out = failed(cell("s3d"), "killed", "ended by SIGKILL"), failed(cell("medusa"))
+    assert line(refused) == "Within 1 GiB nothing that was planned runs; 1 of 1 cells did not run to the end."
+    assert line(trial(cell()), trial(cell("s3d"), prompt_id="p1"), killed).endswith(
+        "; 1 of 2 cells did not run to the end."
+    )
+    assert line(refused, killed, out).endswith("; 1 of 3 cells do not fit; 2 of 3 cells did not run to the end.")
+
+
 def test_the_longest_context_that_fits_is_told() -> None:
     trials = [trial(cell(name, context=context)) for name in ("ar", "s3d") for context in (1024, 4096)]
     out = failed(cell("s3d", context=16384))
     (line,) = fitting(summary(run(*trials, trial(cell(context=16384)), out)), None)
-    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384, s3d in 32 bits 4,096."
+    assert line == "Longest context, of those tried, that fits: ar in 32 bits 16,384; s3d in 32 bits 4,096."
+
+
+def test_the_longest_context_is_told_for_each_target() -> None:
+    def cells(context: int) -> list[Cell]:
+        return [cell(context=context), cell(runtime="graph", context=context), cell(weights="s3d", context=context)]
+
+    (line,) = fitting(
+        summary(run(*map(trial, cells(1024)), *map(trial, cells(4096)[:1]), *map(failed, cells(4096)[1:]))), None
+    )
+    assert line.endswith(
+        ": ar in 32 bits, eager 4,096; ar in 32 bits, graph 1,024; ar in 32 bits, weights s3d, eager 1,024."
+    )
+
+
+def test_a_run_of_the_baseline_alone_has_nothing_to_compare() -> None:
+    alone = answer(run(trial(cell())))
+    assert alone == "In 32 bits on toy, only the baseline was planned: no speed-up can be given."
+    assert "no method finished" in answer(run(trial(cell()), failed(cell("s3d"))))
 
 
 def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
@@ -298,6 +334,21 @@ def test_the_answer_gives_the_interval_or_says_that_there_is_none() -> None:
         answer(method_run()),
     )
     assert f"s3d is fastest at 2.00{TIMES} plain decoding (one round: no interval)" in answer(method_run(rounds=1))
+
+
+def test_what_is_surely_faster_leads_whatever_ran_ahead_of_it_by_luck() -> None:
+    paces = {"ar": (0.1, 0.1, 0.1), "eagle": (0.02, 0.05, 0.13), "s3d": (0.08, 0.079, 0.081)}
+    told = answer(
+        run(
+            *(
+                trial(cell(name), [1] * 4, pace[index], round=index)
+                for index in range(3)
+                for name, pace in paces.items()
+            )
+        )
+    )
+    assert f"s3d is fastest at 1.25{TIMES} plain decoding" in told
+    assert "level with eagle whose interval overlaps" in told
 
 
 def test_a_slowdown_is_as_plain_as_a_speedup() -> None:
@@ -364,6 +415,13 @@ def test_a_divergence_shows_what_was_agreed_and_both_ways_on() -> None:
     (found,) = texts.divergences(summary(of := run(base, other)), texts.answers(of))
     assert (found.position, found.before, found.expected, found.written) == (2, " a b", " c d", " x d")
     assert "after 2 equal tokens" in Page(render([of])).words
+
+
+def test_texts_that_were_sampled_or_drawn_part_from_nothing() -> None:
+    base, other = trial(cell("ar"), tokens=[1, 2, 3, 4]), trial(cell("s3d"), tokens=[1, 2, 9, 4])
+    sampled = run(base, other, temperature=1.0)
+    drawn = run(*(msgspec.structs.replace(each, synthetic=True, drawn_acceptance=[0.7]) for each in (base, other)))
+    assert [texts.divergences(summary(of), texts.answers(of)) for of in (sampled, drawn)] == [[], []]
 
 
 def test_parts_of_a_pass_add_up_to_its_time() -> None:
