@@ -119,7 +119,7 @@ def in_tenths(emit: child.Emit) -> smollm2.Progress:
 
 
 def load_precisely(plan: Plan) -> LoadedModel:
-    """32 bits; 16 where the model would not fit an accelerator comfortably."""
+    """32 bits; 16 where the model would not fit an accelerator comfortably; the plan's own where 16 do not fit at all."""
 
     def load(bits: Bits) -> LoadedModel:
         return weights.load(
@@ -132,7 +132,10 @@ def load_precisely(plan: Plan) -> LoadedModel:
 
     if plan.device == "cpu":
         return load(Bits(32))
-    loaded = load(Bits(16))
+    try:
+        loaded = load(Bits(16))
+    except torch.OutOfMemoryError:
+        return load(max((Bits.parse(one.cell.bits) for one in plan.cells), key=lambda bits: bits.width))
     return loaded if loaded.weight_bytes > memory_bytes(plan.device) / 4 else load(Bits(32))
 
 

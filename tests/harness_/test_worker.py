@@ -271,6 +271,25 @@ def test_a_text_longer_than_the_model_is_refused_before_anything_is_decoded(read
         prepare.refuse_what_does_not_fit(endless, loaded, {})
 
 
+def test_a_card_too_small_for_16_bits_prepares_in_the_plans_own(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(source: ModelSource, bits: Bits, **_: Any) -> str:
+        asked.append(bits.id)
+        if bits.width > 8:
+            raise torch.OutOfMemoryError
+        return bits.id
+
+    monkeypatch.setattr(weights, "load", load)
+    cells = [
+        msgspec.structs.replace(one, cell=msgspec.structs.replace(one.cell, bits=bits, device="cuda"))
+        for one, bits in zip(ready.plan.cells, ("nf4", "int8:t6"), strict=False)
+    ]
+    plan = msgspec.structs.replace(ready.plan, cells=tuple(cells))
+    assert prepare.load_precisely(plan) == "int8:t6"
+    assert asked == ["16", "int8:t6"]
+
+
 def test_a_context_is_filled_to_the_token_with_what_others_say(ready: Ready) -> None:
     loaded = weights.load(ready.plan.model, Bits(32), device="cpu")
     alone, filled = (worker.encoded(ready.plan, loaded, {"two": ["1 2 3 4"]}, context) for context in (None, 300))
