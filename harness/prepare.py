@@ -119,7 +119,7 @@ def in_tenths(emit: child.Emit) -> smollm2.Progress:
 
 
 def load_precisely(plan: Plan) -> LoadedModel:
-    """32 bits; 16 where the model would not fit an accelerator comfortably; the plan's own where 16 do not fit at all."""
+    """32 bits; 16 where the model would not fit an accelerator comfortably; else the plan's own."""
 
     def load(bits: Bits) -> LoadedModel:
         return weights.load(
