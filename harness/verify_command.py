@@ -24,6 +24,7 @@ from harness.decode import Limits, decode
 from harness.draft import point_chain
 from harness.errors import UserError
 from harness.metrics import NEAR_TIE
+from harness.paths import may_be_file
 from harness.plan import DEFAULT_METHODS, Plan, Planned, plan, read_request
 from harness.rescore import Float64
 from harness.sampling import Sampler
@@ -103,6 +104,7 @@ def verify(
         return show(*lossless.read(read), lossless.read_controls(read))
     if samples < 1:
         raise UserError(f"--samples {samples} draws nothing: give 1 or more")
+    path = may_be_file(out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl"))
     everything = methods.strip() == "all"
     request = read_request(
         {
@@ -121,7 +123,6 @@ def verify(
     mine = share(prompt_set.prompts, shard)
     if temperature > 0:
         return show_sampled(list(sampled(planned, mine, samples, console.print)))
-    path = out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl")
     check(planned, mine, path, console.print)
     heading, references, findings = lossless.read([path])
     cells = {(one.cell.label, one.cell.weights) for one in planned.cells}
