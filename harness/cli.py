@@ -355,7 +355,7 @@ def train(
     ] = None,
     data: Annotated[Path | None, Parameter(help="Prompts to begin with (JSONL), instead of sampled ones.")] = None,
     draft_vocabulary: Annotated[int, _at_least(0, "Most frequent tokens a drafter can say; 0: all.")] = 8192,
-    length: Annotated[int, _at_least(1, "Tokens a sequence.")] = 512,
+    length: Annotated[int, _at_least(1, "Tokens a sequence, 16 or more.")] = 512,
     batch: Annotated[int, _at_least(1, "Sequences a step.")] = 64,
     anchors: Annotated[int, _at_least(1, "Places a sequence where each method drafts.")] = 48,
     learning_rate: Annotated[float, _at_least(0, "Peak of the schedule.")] = 1e-3,
