@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from harness.errors import UserError
+from harness.paths import may_be_file
 
 if TYPE_CHECKING:
     from harness.metrics import Row
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from harness.results import Run
 
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 app = App(
     name="python -m harness",
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in NO_DISK:
+        if error.errno not in NO_DISK and not (error.errno in WRONG_PATH and error.filename):
             raise
         where = f"cannot use {error.filename or 'the disk'} ({error.strerror})"
         print(f"harness: {where}: make room there, or name another place", file=sys.stderr)
@@ -135,6 +137,8 @@ def report(
 
     if not runs:
         raise UserError("which run? give its directory: `python -m harness report out/RUN`")
+    if out is not None:
+        may_be_file(out)
     if judge_export is not None:
         _judge_export([read_run(directory) for directory in runs], judge_export)
         return
@@ -298,7 +302,8 @@ def history_show(
     from harness import history as kept
     from reports import timeline
 
-    print(timeline.write(kept.series(file), out or file.with_suffix(".html")))
+    page = may_be_file(out or file.with_suffix(".html"))
+    print(timeline.write(kept.series(file), page))
 
 
 @app.command(name="list")
@@ -350,7 +355,7 @@ def train(
     ] = None,
     data: Annotated[Path | None, Parameter(help="Prompts to begin with (JSONL), instead of sampled ones.")] = None,
     draft_vocabulary: Annotated[int, _at_least(0, "Most frequent tokens a drafter can say; 0: all.")] = 8192,
-    length: Annotated[int, _at_least(1, "Tokens a sequence.")] = 512,
+    length: Annotated[int, _at_least(1, "Tokens a sequence, 16 or more.")] = 512,
     batch: Annotated[int, _at_least(1, "Sequences a step.")] = 64,
     anchors: Annotated[int, _at_least(1, "Places a sequence where each method drafts.")] = 48,
     learning_rate: Annotated[float, _at_least(0, "Peak of the schedule.")] = 1e-3,

@@ -25,6 +25,8 @@ from harness.stats import (
 )
 
 EXACT = "exact: the same machine and libraries decode the same prompts in the same way"
+BY_DEFINITION = ("speedup", "pass_cost", "per_gib", "tau", "lossless")
+"gates that say nothing of the baseline: it is held against itself"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def compare(base: Side, new: Side, gates: Sequence[Gate]) -> Comparison:
     judgements = [judgement for cell in cells for judgement in context.judgements(cell, gates)]
     if gates and not any(judgement.status != "not judged" for judgement in judgements):
         why = "; ".join(dict.fromkeys(judgement.reason for judgement in judgements))
-        raise UserError(f"no gate could be judged: {why}")
+        raise UserError(f"no gate could be judged: {why or 'these gates say nothing of the baseline alone'}")
     return Comparison(base.name, new.name, tuple(reasons), tuple(context.notes()), cells, tuple(judgements))
 
 
@@ -170,17 +172,19 @@ class Context:
         }
         found = [Judgement("finished", cell.id, *failure)] if (failure := self._failure(cell)) else []
         for gate in gates:
-            if gate.metric in ("speedup", "pass_cost", "per_gib", "tau") and self.new.cells[cell.id].method == BASELINE:
-                continue  # 1 by definition
+            if gate.metric in BY_DEFINITION and self.new.cells[cell.id].method == BASELINE:
+                continue
             check = special.get(gate.metric)
             status, reason = check(cell) if check else judge(gate, cell.changes.get(gate.metric))
             found.append(Judgement(gate.text, cell.id, status, reason))
         return found
 
     def _failure(self, cell: CellComparison) -> tuple[Status, str] | None:
-        """A turn that BASE finished and NEW tried and could not."""
-        finished = self.base.answers(cell.id).keys() - self.new.answers(cell.id).keys()
+        """A turn that BASE finished and NEW tried and could not, or a cell that NEW planned and has no trial of."""
         failed = self.new.failed.get(cell.id, {})
+        if not failed and (self.base.good.cell == cell.id).any() and not (self.new.good.cell == cell.id).any():
+            return "regressed", "planned, but NEW has no trial of it"
+        finished = self.base.answers(cell.id).keys() - self.new.answers(cell.id).keys()
         lost = sorted(finished & failed.keys())
         return ("regressed", f"{len(lost)} turns now fail: {failed[lost[0]]}") if lost else None
 

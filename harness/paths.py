@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
+
 
 def cache_dir() -> Path:
     """The folder named by HARNESS_CACHE, else `spec-harness` in the platform's own cache folder; not created here."""
@@ -18,6 +20,13 @@ def cache_dir() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "spec-harness"
+
+
+def may_be_file(path: Path) -> Path:
+    """The path. Raises UserError where a directory stands there."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file")
+    return path
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

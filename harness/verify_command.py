@@ -24,10 +24,12 @@ from harness.decode import Limits, decode
 from harness.draft import point_chain
 from harness.errors import UserError
 from harness.metrics import NEAR_TIE
+from harness.paths import may_be_file
 from harness.plan import DEFAULT_METHODS, Plan, Planned, plan, read_request
 from harness.rescore import Float64
 from harness.sampling import Sampler
 from harness.target import Target
+from harness.trunk import unsupported
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import exact_float32, seat
 from prompts import Prompt, load
@@ -103,6 +105,7 @@ def verify(
         return show(*lossless.read(read), lossless.read_controls(read))
     if samples < 1:
         raise UserError(f"--samples {samples} draws nothing: give 1 or more")
+    path = may_be_file(out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl"))
     everything = methods.strip() == "all"
     request = read_request(
         {
@@ -111,8 +114,11 @@ def verify(
             "trust_remote_code": trust_remote_code,
         }
     )  # fmt: skip
+    source = weights.resolve(model)
+    if source.kind == "shape":
+        raise UserError(f"{model} has random weights and no tokenizer, so no text to verify: name a model with weights")
     prompt_set = load(prompts, limit=limit)
-    planned = plan(request, source=weights.resolve(model), device=host.choose_device(device), prompt_set=prompt_set)
+    planned = plan(request, source=source, device=host.choose_device(device), prompt_set=prompt_set)
     if len({one.cell.bits for one in planned.cells}) > 1:
         raise UserError(f"one precision at a time, not {bits}: each has a file of findings of its own")
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -121,7 +127,6 @@ def verify(
     mine = share(prompt_set.prompts, shard)
     if temperature > 0:
         return show_sampled(list(sampled(planned, mine, samples, console.print)))
-    path = out or Path(f"verify{'' if shard is None else '-' + shard.replace('/', '-of-')}.jsonl")
     check(planned, mine, path, console.print)
     heading, references, findings = lossless.read([path])
     cells = {(one.cell.label, one.cell.weights) for one in planned.cells}
@@ -200,10 +205,14 @@ def control(name: str, loaded: LoadedModel, references: Sequence[lossless.Refere
 
 
 def _load(planned: Plan, source: ModelSource) -> LoadedModel:
+    """Raises UserError for an architecture that no decoder here can walk."""
     cell = planned.cells[0].cell
-    return weights.load(
+    loaded = weights.load(
         source, Bits.parse(cell.bits), device=cell.device, dtype=cell.dtype, trust_remote_code=planned.trust_remote_code
     )
+    if reason := unsupported(loaded.model.config):
+        raise UserError(reason)
+    return loaded
 
 
 def _merged(planned: Plan, cells: Sequence[Planned], base_sha256: str) -> ModelSource:

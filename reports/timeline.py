@@ -42,6 +42,7 @@ class Panel:
 
 def write(found: Sequence[Series], path: Path) -> Path:
     """Write the page, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(render(found), encoding="utf-8")
     os.replace(partial, path)

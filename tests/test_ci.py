@@ -20,8 +20,9 @@ STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FAKE_GH = """#!/bin/sh
 printf '%s\\n' "$*" >> "$CALLS"
-case "$*" in *--edit-last*) exit 1;; esac
+case "$*" in *--paginate*) echo "$COMMENTS";; *PATCH*9*) exit 1;; esac
 """
+"finds the comments that the test says are there, and cannot edit comment 9"
 
 
 class Job:
@@ -48,10 +49,10 @@ class Job:
         known |= {
             f"steps.compare.outputs.{name}": value for name, _, value in (line.partition("=") for line in written)
         }
-        known |= {"github.token": "secret", "github.event.pull_request.number": "7"}
+        known |= {"github.token": "secret", "github.event.pull_request.number": "7", "github.repository": "me/it"}
         return re.sub(r"\$\{\{ (.+?) \}\}", lambda match: known[match[1]], text)
 
-    def run(self, name: str) -> subprocess.CompletedProcess[str]:
+    def run(self, name: str, comments: str = "") -> subprocess.CompletedProcess[str]:
         step = STEPS[name]
         given = {key: self.value(text) for key, text in step.get("env", {}).items()}
         files = {name: str(self.folder / name[7:].lower()) for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
@@ -59,6 +60,7 @@ class Job:
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "CALLS": str(self.calls),
+            "COMMENTS": comments,
             "HARNESS_CACHE": str(self.folder.parent / "cache"),
         }
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]  # as `shell: bash` does
@@ -87,12 +89,43 @@ def test_the_same_commit_passes_and_is_told_in_a_comment(desk: Path) -> None:
     assert (mine.folder / "output").read_text() == "status=0\n"
     assert "no regression in" in (mine.folder / "step_summary").read_text()
     assert mine.run("Comment").returncode == 0
-    first, second = mine.calls.read_text().splitlines()
-    body = f"--body-file {desk / 'measured'}/comparison/comparison.md"
-    assert (first, second) == (f"pr comment 7 --edit-last {body}", f"pr comment 7 {body}")
+    search, made = mine.calls.read_text().splitlines()
+    assert "repos/me/it/issues/7/comments" in search
+    assert 'startswith("<!-- spec-harness -->")' in search
+    comment = desk / "measured" / "comment.md"
+    assert made == f"pr comment 7 --body-file {comment}"
+    told = (desk / "measured" / "comparison" / "comparison.md").read_text()
+    assert comment.read_text() == f"<!-- spec-harness -->\n{told}"
     assert mine.run("Gate").returncode == 0
     written = {path.name for path in (desk / "measured" / "comparison").iterdir()}
     assert {"comparison.md", "junit.xml", "bencher.json", "benchmark-bigger.json"} <= written
+
+
+@pytest.mark.parametrize(("comments", "edited", "made"), [("5\n6", "6", 0), ("9", "9", 1)])
+def test_the_actions_own_comment_is_edited_and_no_other(comments: str, edited: str, made: int, tmp_path: Path) -> None:
+    mine = Job(tmp_path / "job", out=str(tmp_path))
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "comparison.md").write_text("same\n")
+    assert mine.run("Comment", comments).returncode == 0
+    _, edit, *others = mine.calls.read_text().splitlines()
+    assert edit == f"api --silent -X PATCH repos/me/it/issues/comments/{edited} -F body=@{tmp_path}/comment.md"
+    assert others == [f"pr comment 7 --body-file {tmp_path}/comment.md"] * made
+
+
+def test_what_could_not_be_compared_is_no_comment(tmp_path: Path) -> None:
+    mine = Job(tmp_path / "job", out=str(tmp_path))
+    assert mine.run("Comment").returncode != 0
+    assert not mine.calls.exists()
+
+
+@pytest.mark.parametrize("step", ["Measure", "Compare"])
+def test_the_callers_modules_are_not_taken_for_ours(step: str, tmp_path: Path) -> None:
+    mine = Job(tmp_path / "job", baseline="/nowhere", methods="nothing", out=str(tmp_path))
+    for name in ("prompts.py", "methods.py", "harness.py"):
+        (mine.folder / name).write_text("raise SystemExit('the caller is imported')\n")
+    done = mine.run(step)
+    assert "the caller is imported" not in done.stdout + done.stderr
+    assert "harness: " in done.stderr, "a mistake that our own command line has found"
 
 
 def test_another_text_on_the_same_machine_fails_the_gate(desk: Path) -> None:

@@ -14,8 +14,8 @@ TEMPLATE = (
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def save(directory: Path, *, chat: bool = True, seed: int = 0) -> Path:
-    """A Llama of four layers over bytes, with a chat template if `chat`."""
+def save(directory: Path, *, chat: bool = True, seed: int = 0, architecture: str = "llama") -> Path:
+    """A Llama (or another) of four layers over bytes, with a chat template if `chat`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,7 @@ def save(directory: Path, *, chat: bool = True, seed: int = 0) -> Path:
     tokenizer.add_special_tokens(SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.chat_template = TEMPLATE if chat else None
-    tiny("llama", seed=seed, vocab_size=len(alphabet)).save_pretrained(directory)
+    tiny(architecture, seed=seed, vocab_size=len(alphabet)).save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
 

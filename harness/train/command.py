@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,9 @@ from harness.paths import cache_dir, save_tensors
 from harness.train import corpus as corpora
 from harness.train.loop import Classroom, Pupil, Recipe, Report, draft_vocabulary
 from harness.trunk import Trunk
+
+SHORTEST = 16
+"sequence, tokens"
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,24 @@ def train(
     specs = parse(settings.methods)
     if idle := [spec.name for spec in specs if not _trains(find(spec.name))]:
         raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
+    if settings.length < SHORTEST:
+        raise UserError(f"--length {settings.length} has no room for a dialogue: give {SHORTEST} or more")
+    source = weights.resolve(settings.model)
+    if source.kind == "shape":
+        raise UserError(f"{settings.model} has random weights and no tokenizer, so no text to learn from: name a model")
+    folder = settings.out or cache_dir() / "drafters" / drafter.slug(source.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: give another --out")
     # Drafters keep float32 weights beside a bfloat16 target; that their norms cannot be fused then is no news.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     torch.manual_seed(settings.seed)
-    source = weights.resolve(settings.model)
     bits = weights.Bits(32 if settings.device == "cpu" else 16)
     loaded = weights.load(source, bits, device=settings.device)
-    trunk = Trunk(loaded.model)
+    try:
+        trunk = Trunk(loaded.model)
+    except ValueError as error:  # an architecture that cannot be walked
+        raise UserError(str(error)) from error
     end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
     corpus = corpora.make(
         trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
@@ -95,7 +110,6 @@ def train(
     )
     if not finished:
         return []
-    folder = settings.out or cache_dir() / "drafters" / drafter.slug(source.name)
     paths = _write(room, specs, folder, settings, source.name, loaded.sha256)
     unfinished.unlink(missing_ok=True)
     return paths

@@ -117,6 +117,46 @@ def test_a_mistake_is_one_line(arguments: tuple[str, ...], hint: str, capsys: py
     assert hint in mistake(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("report RUN --out DIR", "dir is a directory: name a file"),
+        ("report RUN --out .", ". is a directory: name a file"),
+        ("report RUN --out FILE/page.html", "file"),
+        ("report RUN --export FILE", "file"),
+        ("report RUN --judge-export FILE", "file"),
+        ("publish RUN --to FILE", "file"),
+        ("publish RUN --to FILE/bundle", "file"),
+        ("compare RUN RUN --out FILE", "file"),
+        ("history add RUN --file DIR", "dir"),
+        ("history show --file HISTORY --out DIR", "dir is a directory: name a file"),
+        ("history show --file HISTORY --out FILE/page.html", "file"),
+        ("verify --out DIR", "dir is a directory: name a file"),
+    ],
+)
+def test_a_place_of_the_wrong_kind_is_one_line_and_stays_as_it_is(
+    command: str, hint: str, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history, file, directory = tmp_path / "history.sqlite", tmp_path / "file", tmp_path / "dir"
+    assert cli.main(["history", "add", str(run_directory), "--file", str(history)]) == 0
+    file.write_text("mine")
+    directory.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    places = {"RUN": run_directory, "HISTORY": history, "FILE": file, "DIR": directory}
+    for name, path in places.items():
+        command = command.replace(name, str(path))
+    assert hint in mistake(capsys, *command.split())
+    assert sorted(tmp_path.rglob("*")) == before
+    assert file.read_text() == "mine"
+
+
+def test_a_page_makes_the_folder_it_goes_into(run_directory: Path, tmp_path: Path) -> None:
+    history, page = str(tmp_path / "history.sqlite"), tmp_path / "new" / "page.html"
+    assert cli.main(["history", "add", str(run_directory), "--file", history]) == 0
+    assert cli.main(["history", "show", "--file", history, "--out", str(page)]) == 0
+    assert page.is_file()
+
+
 def test_an_absent_device_is_a_mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.host.present", lambda device: device == "cpu")
     assert "no mps here: torch sees cpu" in mistake(capsys, "run", "--device", "mps")

@@ -226,7 +226,7 @@ def test_the_place_where_texts_part_is_named() -> None:
 )
 def test_lossless_is_not_judged_where_it_cannot_be(changes: dict[str, Any], status: str) -> None:
     parted = measured(tokens={"p2": [0, 1, 2, 7, 4, 5, 6, 7, 8, 9]}, **changes)
-    assert statuses(held_against(parted, parted, "lossless"), "lossless") == {"not judged"}
+    assert statuses(held_against(parted, parted, "lossless", "tau<-1%"), "lossless") == {"not judged"}
 
 
 def test_a_turn_that_fails_now_is_a_regression_whatever_the_gates() -> None:
@@ -236,6 +236,28 @@ def test_a_turn_that_fails_now_is_a_regression_whatever_the_gates() -> None:
     new = factory.run(*rows, *lost, host=HOST, versions={"torch": "2"}, weights_sha256="1" * 64)
     found = held_against(base, new, "tau<-50%")
     assert [(one.gate, one.reason) for one in found.regressed] == [("finished", "1 turns now fail: oom: out of memory")]
+
+
+def without(run: Run, *methods: str) -> Run:
+    """The run with the trials of these methods lost; its manifest still plans them."""
+    return replace(run, rows=tuple(row for row in run.rows if row.cell.method not in methods))
+
+
+def test_a_cell_that_was_planned_and_never_ran_is_a_regression() -> None:
+    found = held_against(measured(), without(measured(), "s3d"), "tau<-1%", "lossless")
+    assert [(one.gate, one.reason) for one in found.regressed] == [("finished", "planned, but NEW has no trial of it")]
+    assert held_against(measured(), without(measured(), "ar", "s3d")).exit_status == 1
+
+
+def test_the_baseline_alone_is_no_proof_that_texts_are_kept() -> None:
+    found = held_against(measured(), measured(), "lossless")
+    assert [one.cell.startswith("s3d") for one in found.judgements] == [True]
+    nothing = without(measured(), "ar", "s3d")
+    with pytest.raises(UserError, match="no gate could be judged"):
+        held_against(nothing, nothing)
+    alone = factory.run(*without(measured(), "s3d").rows)
+    with pytest.raises(UserError, match="judged: these gates say nothing of the baseline"):
+        held_against(alone, alone, "lossless")
 
 
 def test_several_runs_of_one_side_are_one_set_of_rounds() -> None:

@@ -155,6 +155,16 @@ def test_half_precision_near_ties_are_not_called_diverged(chat: dict[str, Any]) 
     assert any(finding.outcome == "near-tie" and finding.margin is not None for finding in findings)
 
 
+def test_what_has_no_text_or_cannot_be_walked_is_refused(chat: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shape:tiny has random weights and no tokenizer"):
+        verify(**chat | {"model": "shape:tiny"})
+    other = str(tiny_chat.save(tmp_path / "other", architecture="gpt2"))
+    for temperature in (0.0, 0.7):
+        with pytest.raises(UserError, match="architecture 'gpt2' is not supported"):
+            verify(**chat | {"model": other, "temperature": temperature})
+    assert not chat["out"].exists()
+
+
 def test_all_methods_means_those_that_can_run(chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(**chat | {"methods": "all"}) == 0
     assert set(outcomes(chat["out"])) == {"ar", "prompt-lookup", "layerskip"}

@@ -196,6 +196,52 @@ def test_what_cannot_be_trained_is_one_line(directory: Path, capsys: pytest.Capt
     assert "nothing to train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--length 4", "--length 4 has no room for a dialogue: give 16 or more"),
+        ("--out FILE", "cannot use"),
+        ("--out FILE/x", "cannot use"),
+        ("--out CLOSED", "closed: give another --out"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_model_is_loaded(
+    options: str,
+    hint: str,
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
+    monkeypatch.setattr(weights, "load", None)
+    (tmp_path / "file").write_text("mine")
+    given = options.replace("FILE", str(tmp_path / "file")).replace("CLOSED", str(tmp_path / "closed")).split()
+    assert main(["train", "--model", str(directory), "--methods", "medusa", "--device", "cpu", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert hint in line
+
+
+def test_a_model_that_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tiny_chat.save(tmp_path / "other", architecture="gpt2")
+    reasons = {"shape:tiny": "random weights and no tokenizer", str(other): "architecture 'gpt2' is not supported"}
+    for model, reason in reasons.items():
+        arguments = [
+            "train",
+            "--model",
+            model,
+            "--methods",
+            "medusa",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        assert main(arguments) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_tiny_models_of_other_architectures_train_too() -> None:
     model = tiny("gemma3").requires_grad_(False)
     trunk = Trunk(model)
