@@ -40,7 +40,7 @@ def is_bundle(directory: Path) -> bool:
 
 
 def publish(run: Run, directory: Path) -> Path:
-    """Write the bundle into a new or empty directory; it. Raises UserError for another one, or a run without results."""
+    """Write the bundle into a new or empty directory; it. Raises UserError for others, and for runs without results."""
     if not any(trial.outcome == "ok" for trial in run.rows):
         raise UserError(f"{run.directory} has no trial that succeeded: there is nothing to publish")
     if directory.exists() and any(directory.iterdir()):

@@ -167,6 +167,7 @@ def test_the_command_line_publishes_verifies_and_leaves_a_bundle_as_it_is(
 ) -> None:
     assert cli.main(["publish", str(published), "--to", str(tmp_path / "again")]) == 0
     assert cli.main(["verify-bundle", str(tmp_path / "again")]) == 0
+    assert "SHA256SUMS says, and results.json has the numbers" in capsys.readouterr().out
     assert cli.main(["report", str(published), "--out", str(tmp_path / "page.html")]) == 0
     assert cli.main(["report", str(published)]) == 2
     assert "stays as it is" in capsys.readouterr().err
