@@ -183,9 +183,11 @@ def _judge_export(runs: Sequence[Run], folder: Path) -> None:
 
 def _folders(runs: Sequence[Run], folder: Path) -> list[Path]:
     """One run's files go into the folder itself, several into a folder each in it."""
+    from harness.results import file_safe
+
     if len(runs) == 1:
         return [folder]
-    return [folder / f"{index}-{run.manifest.run}" for index, run in enumerate(runs, start=1)]
+    return [folder / f"{index}-{file_safe(run.manifest.run)}" for index, run in enumerate(runs, start=1)]
 
 
 @app.command(group_parameters="Options")
@@ -235,7 +237,7 @@ def verify_bundle(directory: Annotated[Path, Parameter(name="DIR", help="A publi
     for line in wrong:
         print(line)
     if not wrong:
-        print("whole: every file is as published, and the numbers are those that the trials give")
+        print(f"whole: every file is as {bundle.SUMS} says, and results.json has the numbers that the trials give")
     return 1 if wrong else 0
 
 

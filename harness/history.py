@@ -148,9 +148,13 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
             (version,) = file.execute("pragma user_version").fetchone()
             if version > VERSION:
                 raise UserError(f"{path} is a history of version {version}, newer than {VERSION}: update the harness")
+            tables = {name for (name,) in file.execute("select name from sqlite_master where type = 'table'")}
+            if tables and (version == 0 or not {"runs", "figures"} <= tables):
+                raise UserError(f"{path} is a database of another program: name another --file")
             file.execute("pragma foreign_keys = on")
-            file.executescript(SCHEMA)
-            file.execute(f"pragma user_version = {VERSION}")
+            if not tables:
+                file.executescript(SCHEMA)
+                file.execute(f"pragma user_version = {VERSION}")
             yield file
     except sqlite3.DatabaseError as error:
         raise UserError(f"cannot use {path} as a history ({error}): name another --file") from error

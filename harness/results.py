@@ -61,7 +61,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     def id(self) -> str:
         """File-safe and unique within a run."""
         text = "-".join((self.label, self.bits, self.dtype, self.weights, self.runtime, self.device))
-        return _file_safe(text + ("" if self.context is None else f"-c{self.context}"))
+        return file_safe(text + ("" if self.context is None else f"-c{self.context}"))
 
     @property
     def target(self) -> tuple[str, ...]:
@@ -71,7 +71,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 
 
 @lru_cache(maxsize=4096)
-def _file_safe(text: str) -> str:
+def file_safe(text: str) -> str:
+    """As a part of a file's name, which leads nowhere else."""
     return "".join(c if c.isalnum() or c in "._=+" else "-" for c in text)
 
 
@@ -383,6 +384,8 @@ def read_run(directory: Path | str) -> Run:
         raise UserError(f"{directory} is not a run: it has no manifest.json; `python -m harness run` makes one")
     try:
         raw = json.loads(manifest_path.read_bytes())
+        if not isinstance(raw, dict) or type(raw.get("schema", 0)) is not int:
+            raise UserError(f"{manifest_path} is no manifest of a run: `python -m harness run` writes one")
         if raw.get("schema", 0) > SCHEMA:
             raise UserError(f"{manifest_path} has schema {raw['schema']}, newer than {SCHEMA}: update the harness")
         manifest = msgspec.convert(raw, Manifest)

@@ -138,8 +138,11 @@ def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
         manifest = msgspec.structs.replace(
             begun, precision=manifest.precision, time_budget_seconds=manifest.time_budget_seconds
         )
-    elif directory.exists() and any(directory.iterdir()) and not (directory / "manifest.json").is_file():
-        raise UserError(f"{directory} is not empty and holds no run: give another --out")
+    elif directory.exists() and any(directory.iterdir()):
+        try:
+            read_run(directory)
+        except UserError as error:
+            raise UserError(f"{directory} is not empty and holds no run of this program: give another --out") from error
     (directory / "workers").mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
     write_manifest(directory, manifest)
@@ -221,13 +224,13 @@ def _prepare(plan: Plan, directory: Path, on_event: child.Emit) -> child.Prepare
         on_event(event)
 
     log = directory / "workers" / "prepare.log"
-    child.run("harness.prepare", [directory], log, listen, host.worker_environment(plan.device))
+    status = child.run("harness.prepare", [directory], log, listen, host.worker_environment(plan.device))
     match said[-1:]:
         case [child.Prepared() as prepared]:
             return prepared
         case [child.Refused(message)]:
             raise UserError(message)
-    raise RuntimeError(f"the prepare step died; {log} ends with: {_last_line(log)}")
+    raise UserError(f"the prepare step died ({_death(status, log)[1]}): see {log}")
 
 
 def _record(directory: Path, manifest: Manifest, prepared: child.Prepared, warnings: Sequence[str]) -> None:
@@ -297,7 +300,7 @@ def _work(jobs: Sequence[Job], plan: Plan, folder: Path, on_event: child.Emit) -
 
 
 def _death(status: int, log: Path) -> tuple[Outcome, str]:
-    if status > 0:
+    if status >= 0:
         return "error", f"the worker exited with {status}: {_last_line(log)}"
     hint = " (the system does that when memory runs out)" if status == -signal.SIGKILL else ""
     return "killed", f"killed by {signal.Signals(-status).name}{hint}"

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
+
 from harness.errors import UserError
 from harness.metrics import Row, summary
 from harness.results import Run, read_run
@@ -27,12 +29,20 @@ CLOSE = 1e-6
 "relative: another library's last digits"
 
 
+class Claimed(msgspec.Struct):
+    """What is checked of a run in `results.json`."""
+
+    rows: list[dict[str, Any]]
+
+
 def is_bundle(directory: Path) -> bool:
     return (directory / SUMS).is_file()
 
 
 def publish(run: Run, directory: Path) -> Path:
-    """Write the bundle into a new or empty directory; it. Raises UserError where there is something else."""
+    """Write the bundle into a new or empty directory; it. Raises UserError for others, and for runs without results."""
+    if not any(trial.outcome == "ok" for trial in run.rows):
+        raise UserError(f"{run.directory} has no trial that succeeded: there is nothing to publish")
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty: give another --to")
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,10 +68,13 @@ def verify(directory: Path) -> list[str]:
     wrong = _files(directory)
     if wrong:
         return wrong
-    (claimed,) = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     run = read_run(directory)
-    (found,) = json.loads(told.as_json([run], [summary(run)]))
-    return list(_differences(claimed["rows"], found["rows"]))
+    try:
+        (claimed,) = msgspec.json.decode((directory / "results.json").read_bytes(), type=tuple[Claimed])
+    except ValueError as error:
+        return [f"results.json is not as published: {error}"]
+    (found,) = msgspec.json.decode(told.as_json([run], [summary(run)]), type=tuple[Claimed])
+    return list(_differences(claimed.rows, found.rows))
 
 
 def _files(directory: Path) -> list[str]:
@@ -72,11 +85,14 @@ def _files(directory: Path) -> list[str]:
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not re.fullmatch(r"[\w-][\w.-]*", name):
             return [f"{SUMS} has a line that is no SHA-256 and name of a file: {tables.plain(line)[:80]!r}"]
         listed[name] = digest
-    present = {path.name for path in directory.iterdir()} - {SUMS}
+    # What begins with a dot is not ours: hubs and Git put such files beside a bundle's own.
+    present = {path.name for path in directory.iterdir() if not path.name.startswith(".")} - {SUMS}
     wrong = [f"{name} is missing" for name in ("trials.jsonl", "manifest.json", "results.json") if name not in listed]
     wrong += [f"{name} is missing" for name in sorted(listed.keys() - present)]
     wrong += [f"{tables.plain(name)} is not in {SUMS}" for name in sorted(present - listed.keys())]
-    changed = [name for name in sorted(listed.keys() & present) if _sha256(directory / name) != listed[name]]
+    files = sorted(name for name in listed.keys() & present if (directory / name).is_file())
+    wrong += [f"{name} is not a file" for name in sorted((listed.keys() & present) - set(files))]
+    changed = [name for name in files if _sha256(directory / name) != listed[name]]
     return wrong + [f"{name} has another SHA-256 than {SUMS} says: it was changed" for name in changed]
 
 
@@ -136,8 +152,8 @@ def card(run: Run, rows: Sequence[Row]) -> str:
         *(f"- {tables.markdown_text(tables.plain(line))}" for line in tables.warnings(run, rows)),
         "`report.html` is the whole page, `trials.jsonl` every trial (a JSON object a line), `manifest.json` the plan, "
         "the host and the versions, `results.json` the numbers of the table.",
-        "To check that nothing was changed and that the numbers follow from the trials, and to make the page again:",
-        "```sh\npython -m harness verify-bundle .\npython -m harness report . --out page.html\n```",
+        f"To check the files against {SUMS} and the numbers against the trials, and to make the page again:",
+        "```sh\npython -m harness verify-bundle .\npython -m harness report . --out ../page.html\n```",
     ]
     return "\n".join(head) + "\n\n" + "\n\n".join(text) + "\n"
 

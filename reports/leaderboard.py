@@ -10,25 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.likeness import host_facts, prompt_facts, task_facts
 from harness.metrics import Row
 from harness.results import Run, refuse_mixture
-from reports.tables import grouped, plain
+from reports.tables import plain, target_name
 from reports.words import device
 
-HOST = ("cpu", "threads", "torch_threads", "devices")
-PLAN = {
-    "model": "model",
+WORDS = {
     "weights_sha256": "weights",
-    "prompt_set": "prompts",
-    "prompt_set_sha256": "prompts' content",
-    "prompts": "number of prompts",
+    "prompt set": "prompts",
+    "prompts": "prompts' content",
     "max_new_tokens": "new tokens",
-    "temperature": "temperature",
     "top_p": "top-p",
     "system": "system prompt",
-    "raw": "chat template",
+    "raw": "raw prompts",
     "first_answers_sha256": "first answers",
+    "acceptance": "drawn acceptance",
+    "vram_budget_bytes": "memory budget in bytes",
+    "device_map": "device map",
 }
+"of facts whose names are not words already"
 Conditions = dict[str, Any]
 
 
@@ -36,6 +37,7 @@ Conditions = dict[str, Any]
 class Entry:
     row: Row
     target: str
+    "what tells it from those of all runs"
     run: str
     anchor: str
     "of the run's own part of the page"
@@ -52,14 +54,15 @@ class Board:
 def boards(runs: Sequence[Run], summaries: Sequence[Sequence[Row]]) -> list[Board]:
     """In the order of the runs, the fastest first in each. Raises UserError for synthetic runs beside real ones."""
     refuse_mixture(*runs)
+    cells = [row.cell for rows in summaries for row in rows]
     groups: list[tuple[Conditions, list[Entry]]] = []
     for index, (run, rows) in enumerate(zip(runs, summaries, strict=True)):
         held = conditions(run)
         found = next((entries for others, entries in groups if others == held), None)
         if found is None:
             groups.append((held, found := []))
-        named = [(target, row) for target, group in grouped(rows) for row in group if row.decode_tokens_per_second]
-        found += [Entry(row, target, plain(run.manifest.run), f"r{index}") for target, row in named]
+        measured = [row for row in rows if row.decode_tokens_per_second]
+        found += [Entry(row, target_name(row.cell, cells), plain(run.manifest.run), f"r{index}") for row in measured]
     first = groups[0][0] if groups else {}
     return [
         Board(
@@ -74,10 +77,11 @@ def boards(runs: Sequence[Run], summaries: Sequence[Sequence[Row]]) -> list[Boar
 def conditions(run: Run) -> Conditions:
     """What two runs must have in common before their speeds may be compared."""
     m = run.manifest
-    host = {name: m.host.get(name) for name in HOST}
+    host = host_facts(run)
+    names = ", ".join(host.pop("device name")) or device(run)
+    facts = {WORDS.get(name, name): value for name, value in (task_facts(run) | prompt_facts(run) | host).items()}
     versions = {f"version of {name}": number for name, number in sorted(m.versions.items())}
-    plan = {name: getattr(m, field) for field, name in PLAN.items()}
-    return {"device": device(run)} | plan | host | versions
+    return {"device": names, "number of prompts": m.prompts} | facts | versions
 
 
 def differences(held: Conditions, first: Conditions) -> list[str]:

@@ -83,6 +83,17 @@ def test_several_runs_make_one_page_and_a_folder_each(
     assert "--out" in mistake(capsys, "report", *runs)
 
 
+def test_the_name_of_somebody_elses_run_leads_nowhere(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = run_directory / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run": "x/../../victim"}))
+    folder = tmp_path / "files"
+    assert cli.main(["report", *[str(run_directory)] * 2, "--judge-export", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["1-x-..-..-victim", "2-x-..-..-victim"]
+    assert not (tmp_path / "victim").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

@@ -98,6 +98,19 @@ def test_what_is_no_history_is_refused(tmp_path: Path) -> None:
         series(newer)
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_database_of_another_program_is_left_alone(tmp_path: Path, version: int) -> None:
+    path, run = tmp_path / "other.db", written(tmp_path, 0)
+    with sqlite3.connect(path) as file:
+        file.execute("create table letters (text)")
+        file.execute(f"pragma user_version = {version}")
+    before = path.read_bytes()
+    for use in (lambda: add(path, [run]), lambda: series(path)):
+        with pytest.raises(UserError, match="of another program: name another --file"):
+            use()
+    assert path.read_bytes() == before
+
+
 def test_a_run_that_cannot_be_read_adds_nothing(tmp_path: Path) -> None:
     file = tmp_path / "history.sqlite"
     with pytest.raises(UserError, match="is not a run"):

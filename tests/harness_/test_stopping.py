@@ -126,6 +126,41 @@ def test_a_run_whose_time_is_over_says_so(decoded: list[tuple[str, int]], tmp_pa
     )
 
 
+def test_a_foreign_manifest_is_left_alone(decoded: list[tuple[str, int]], tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    for content in ('{"name": "an extension", "version": "1"}', "[]", "no JSON"):
+        manifest.write_text(content)
+        with pytest.raises(UserError, match="holds no run of this program: give another --out"):
+            runner.execute(planned(), tmp_path, lambda event: None)
+        assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+        assert manifest.read_text() == content
+
+
+def test_a_run_that_decoded_nothing_yet_begins_again(decoded: list[tuple[str, int]], tmp_path: Path) -> None:
+    runner.execute(planned(precision=0.2), tmp_path / "run", lambda event: None)
+    (tmp_path / "run" / "trials.jsonl").unlink()
+    before = len(decoded)
+    runner.execute(planned(precision=0.2), tmp_path / "run", lambda event: None)
+    assert len(decoded) == 2 * before
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(-9, "killed by SIGKILL"), (1, "exited with 1: no room"), (0, "exited with 0: no room")]
+)
+def test_a_prepare_step_that_dies_is_one_line_with_its_log(
+    status: int, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def die(module: str, arguments: list[Path], log: Path, *_: object) -> int:
+        log.write_text("Traceback\nno room\n")
+        return status
+
+    monkeypatch.setattr(runner.child, "run", die)
+    monkeypatch.setattr(runner.host, "contention", lambda device: [])
+    with pytest.raises(UserError, match=reason) as told:
+        runner.execute(planned(), tmp_path / "run", lambda event: None)
+    assert str(told.value).endswith(f"see {tmp_path / 'run' / 'workers' / 'prepare.log'}")
+
+
 def test_a_time_is_seconds_minutes_or_hours() -> None:
     assert [seconds(written) for written in (90, "90", "1.5m", "2h", None)] == [90, 90, 90, 7200, 3600]
     for wrong in ("soon", "-3", "0", "5d"):

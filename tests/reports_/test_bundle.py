@@ -77,14 +77,68 @@ def test_a_missing_and_an_added_file_are_named(published: Path) -> None:
     assert bundle.verify(published) == ["badge.svg is missing", "more.txt is not in SHA256SUMS"]
 
 
+def summed(directory: Path) -> None:
+    """Make the list anew, as a cheat would."""
+    files = [file for file in directory.iterdir() if file.is_file() and file.name != bundle.SUMS]
+    (directory / bundle.SUMS).write_text("".join(f"{bundle._sha256(file)}  {file.name}\n" for file in files))
+
+
+def test_what_hubs_and_git_put_beside_the_files_is_not_the_bundles(published: Path) -> None:
+    (published / ".gitattributes").touch()
+    (published / ".cache").mkdir()
+    assert bundle.verify(published) == []
+
+
+def test_the_commands_of_the_readme_leave_the_bundle_whole(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = (published / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    monkeypatch.chdir(published)
+    for line in told.splitlines() * 2:
+        assert cli.main(line.removeprefix("python -m harness ").split()) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nonsense", "[{}]", "[1]", '[{"rows": [1, 2]}]', '[{"rows": []}]'])
+def test_results_of_another_form_are_named(published: Path, content: str) -> None:
+    (published / "results.json").write_text(content)
+    summed(published)
+    (line,) = bundle.verify(published)
+    assert line.startswith(("results.json is not as published: ", "results.json has other methods"))
+
+
+def test_results_that_are_no_text_are_named(published: Path) -> None:
+    (published / "results.json").write_bytes(b'[{"rows": [{"a": "\xff"}]}]')
+    summed(published)
+    assert bundle.verify(published)[0].startswith("results.json is not as published: ")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"schema": "x"}', '{"schema": null}', "nonsense", "{}"])
+def test_a_manifest_of_another_form_is_one_line(
+    published: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (published / "manifest.json").write_text(content)
+    summed(published)
+    assert cli.main(["verify-bundle", str(published)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "manifest.json" in line
+
+
+def test_a_directory_in_the_list_is_named(published: Path) -> None:
+    (published / "badge.svg").unlink()
+    (published / "badge.svg").mkdir()
+    assert bundle.verify(published) == ["badge.svg is not a file"]
+
+
+def test_a_run_without_a_result_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to publish"):
+        bundle.publish(run(factory.failed(cell("ar"))), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_numbers_that_do_not_follow_from_the_trials_are_named(published: Path) -> None:
-    """The list is made anew, as a cheat would."""
     path = published / "results.json"
     told = json.loads(path.read_text())
     told[0]["rows"][0]["speedup"] *= 1.5
     path.write_text(json.dumps(told))
-    sums = [f"{bundle._sha256(file)}  {file.name}\n" for file in published.iterdir() if file.name != bundle.SUMS]
-    (published / bundle.SUMS).write_text("".join(sums))
+    summed(published)
     (line,) = bundle.verify(published)
     assert line.startswith("results.json says speedup")
 
@@ -113,6 +167,7 @@ def test_the_command_line_publishes_verifies_and_leaves_a_bundle_as_it_is(
 ) -> None:
     assert cli.main(["publish", str(published), "--to", str(tmp_path / "again")]) == 0
     assert cli.main(["verify-bundle", str(tmp_path / "again")]) == 0
+    assert "SHA256SUMS says, and results.json has the numbers" in capsys.readouterr().out
     assert cli.main(["report", str(published), "--out", str(tmp_path / "page.html")]) == 0
     assert cli.main(["report", str(published)]) == 2
     assert "stays as it is" in capsys.readouterr().err

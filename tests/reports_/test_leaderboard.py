@@ -42,6 +42,9 @@ def test_like_runs_share_a_table_and_the_fastest_stands_first() -> None:
         ({"prompt_set_sha256": "1"}, "prompts' content: 1, there 000000000000…"),
         ({"max_new_tokens": 7}, "new tokens: 7, there 128"),
         ({"temperature": 1.0}, "temperature: 1.0, there 0.0"),
+        ({"acceptance": "tau:4.0"}, "drawn acceptance: tau:4.0, there not recorded"),
+        ({"device_map": "auto"}, "device map: auto, there not recorded"),
+        ({"host": {"instruction_sets": "avx2"}}, "instruction_sets: avx2, there not recorded"),
     ],
 )
 def test_unlike_runs_stand_apart_and_say_in_what_they_differ(changes: dict[str, object], told: str) -> None:
@@ -50,6 +53,38 @@ def test_unlike_runs_stand_apart_and_say_in_what_they_differ(changes: dict[str, 
     assert told in second.differs
     page = render([of(), of(**changes)])
     assert page.count("NOT COMPARABLE") == 1
+
+
+def test_another_seed_is_another_task_only_where_it_is_drawn_with() -> None:
+    assert len(found(of(seed=1), of(seed=2))) == 1
+    _, second = found(of(seed=1, temperature=1.0), of(seed=2, temperature=1.0))
+    assert second.differs == ("seed: 2, there 1",)
+
+
+def test_runs_of_other_memory_budgets_stand_apart() -> None:
+    _, second = found(of(), of(vram_budget_bytes=2**30))
+    assert second.differs == ("memory budget in bytes: 1073741824, there not recorded",)
+
+
+def test_synthetic_runs_of_other_acceptance_stand_apart() -> None:
+    drawn = [
+        run(*(msgspec.structs.replace(each, synthetic=True) for each in of().rows), acceptance=acceptance)
+        for acceptance in ("tau:2.0", "tau:4.0")
+    ]
+    _, second = found(*drawn)
+    assert second.differs == ("drawn acceptance: tau:4.0, there tau:2.0",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"runtime": "graph"}, {"32 bits, eager", "32 bits, graph"}),
+        ({"context": 4096}, {"32 bits, prompts as they are", "32 bits, 4,096 tokens of context"}),
+    ],
+)
+def test_targets_of_one_board_are_told_apart_by_name(changes: dict[str, object], names: set[str]) -> None:
+    (board,) = found(of(), run(trial(cell("ar", **changes), device_name="card")))
+    assert {entry.target for entry in board.entries} == names
 
 
 def test_synthetic_runs_never_stand_beside_real_ones() -> None:

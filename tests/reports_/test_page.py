@@ -550,6 +550,7 @@ def test_rendering_never_imports_torch() -> None:
 
 def test_reports_import_of_the_harness_only_what_reads_results() -> None:
     allowed = {"results", "metrics", "stats", "errors", "compare", "gates", "doubts", "history", "intervals", "steps"}
+    allowed |= {"likeness"}
     for path in (Path(__file__).parents[2] / "reports").glob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert set(re.findall(r"^\s*(?:from|import) harness\.?(\w*)", source, re.M)) <= allowed
