@@ -73,7 +73,8 @@ def measured(run: Run, first: Sequence[Trial], cache: str) -> Generate:
     from transformers import StaticCache
 
     import prompts
-    from harness import chat, dialogue, host, weights
+    from harness import chat, dialogue, host, meters, weights
+    from harness.target import Target
     from harness.worker import exact_float32
 
     cell, m = first[0].cell, run.manifest
@@ -82,22 +83,19 @@ def measured(run: Run, first: Sequence[Trial], cache: str) -> Generate:
     loaded = weights.load(
         weights.resolve(cell.model), weights.Bits.parse(cell.bits), device=cell.device, dtype=cell.dtype
     )
-    loaded.model.set_attn_implementation("sdpa")
-    ends = sorted(chat.end_ids(loaded.model, loaded.tokenizer))
+    target, ends = Target(loaded.model, capacity=1), chat.end_ids(loaded.model, loaded.tokenizer)
     ids = [
         dialogue.encode(loaded.tokenizer, said[trial.prompt_id][:1], [], system=m.system, raw=m.raw) for trial in first
     ]
-    how: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": ends[0], "max_new_tokens": m.max_new_tokens}
-    kept: Any = StaticCache(config=loaded.model.config, max_cache_len=max(map(len, ids)) + m.max_new_tokens)
-    if cache == "static":
-        how["past_key_values"] = kept
+    room = max(map(len, ids)) + m.max_new_tokens
+    kept: Any = StaticCache(config=loaded.model.config, max_cache_len=room) if cache == "static" else None
 
+    @torch.inference_mode()
     def once(prompt: list[int]) -> tuple[list[int], float]:
-        ids_1T = torch.tensor([prompt], device=cell.device)
-        kept.reset()
+        if kept is not None:
+            kept.reset()
         started = perf_counter()
-        out_1T = loaded.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, **how)
-        new = out_1T[0, len(prompt) :].tolist()  # waits for the device
+        new = target.generate(prompt, m.max_new_tokens, ends, kept)
         return new, perf_counter() - started
 
     before = sum(once(prompt)[1] for prompt in ids)
@@ -110,7 +108,7 @@ def measured(run: Run, first: Sequence[Trial], cache: str) -> Generate:
         model=cell.model,
         bits=cell.bits,
         cache=cache,
-        device=torch.cuda.get_device_name() if cell.device.startswith("cuda") else cell.device,
+        device=meters.device_name(target.device),
         versions=host.versions(),
         first_calls_seconds=before,
         answers=answers,

@@ -5,9 +5,9 @@
 
 The pool holds `ar`, a decoder, and the same decoder with a planted slow-down, in the same shuffled rounds. A comparison
 takes two disjoint sets of rounds, one for each side, and asks the program's own `compare` for the speed-up and for the
-cost of a pass. A/A: the decoder against itself misses 1.0 where its interval leaves it out.
-Power: the slowed one against the decoder is flagged where the interval lies on the worse side of 1. Comparisons share
-rounds with one another, so their number is not a sample size.
+cost of a pass. A/A: the decoder against itself misses 1.0 where its interval leaves it out. Power: the slowed one
+against the decoder is flagged where the interval lies on the worse side of 1. Comparisons share rounds with one
+another, so their number is not a sample size.
 """
 
 from __future__ import annotations

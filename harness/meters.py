@@ -119,8 +119,9 @@ class AcceleratorGauges(Gauges):
 
 
 def cap(device: torch.device, budget_bytes: int, *, everywhere: bool = False) -> None:
-    """Let this process's allocator reserve no more, on one device or on each. The device's context, some 0.5 GiB, is
-    not the allocator's.
+    """Let this process's allocator reserve no more, on one device or on each.
+
+    A device's context, some 0.5 GiB, is not the allocator's.
     """
     if device.type == "cuda":
         one = torch.cuda.current_device() if device.index is None else device.index

@@ -206,8 +206,13 @@ class Target:
             self.trunk._set_attention(INTERFACE)
 
     @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, end_ids: Iterable[int] = ()) -> list[int]:
-        """New tokens of transformers' own greedy `generate`, which knows nothing of this target's cache."""
+    def generate(
+        self, prompt: Sequence[int], max_new_tokens: int, end_ids: Iterable[int] = (), cache: Any = None
+    ) -> list[int]:
+        """New tokens of transformers' own greedy `generate`, which knows nothing of this target's cache.
+
+        `cache` is one of transformers' own, empty; None leaves it its default.
+        """
         from transformers import GenerationConfig
 
         ids_1T = torch.tensor([list(prompt)], device=self.device)
@@ -223,6 +228,7 @@ class Target:
                     do_sample=False,
                     eos_token_id=ends or None,
                     pad_token_id=ends[0] if ends else 0,
+                    **({} if cache is None else {"past_key_values": cache}),
                 )
             finally:
                 model.generation_config = advised

@@ -254,10 +254,10 @@ def made_with(one: Planned) -> str:
     own = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     drafter = [] if one.drafter is None else [Path(one.drafter)]
     files = [path for each in drafter for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
-    digest = hashlib.sha256(repr((one.cell.device, host.versions())).encode())
-    for path in (*own, *sorted(Path(__file__).parent.glob("*.py")), *files):
-        if path.is_file():
-            digest.update(path.read_bytes())
+    trained = weights.weights_sha256([path for path in files if path.is_file()])
+    digest = hashlib.sha256(repr((one.cell.device, host.versions(), trained)).encode())
+    for path in (*own, *sorted(Path(__file__).parent.glob("*.py"))):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
