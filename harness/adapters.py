@@ -6,19 +6,21 @@ a pass runs the one or the other.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.joined import Joined, adjacent, twin
 from harness.trunk import Trunk
 
 
 class LoRA(nn.Module):
     """Adapters of one rank for every linear layer of the chosen decoder layers; `layers` are those layers, adapted.
+
+    `fixed` are those that run at fixed addresses, once `join` was called.
 
     State: `pairs.{layer}/{projection}.a` (rank, in) and `.b` (out, rank), the projection named as in the layer
     (`self_attn/q_proj`). `.b` starts at zero, so a new adapter changes nothing.
@@ -30,14 +32,31 @@ class LoRA(nn.Module):
         self.pairs = nn.ModuleDict()
         # Not modules of this one: they hold the model's weights too.
         self.layers: dict[int, nn.Module]
+        self.fixed: dict[int, nn.Module]
         object.__setattr__(self, "layers", {})
+        object.__setattr__(self, "fixed", self.layers)
         for layer in layers:
             adapted = {}
             for name, linear in _linears(trunk.layers[layer]):
                 pair = Pair(linear.in_features, linear.out_features, rank, trunk.device)
                 self.pairs[f"{layer}/{name}".replace(".", "/")] = pair
                 adapted[name] = Adapted(linear, pair)
-            self.layers[layer] = _with(trunk.layers[layer], adapted)
+            self.layers[layer] = twin(trunk.layers[layer], adapted)
+
+    def join(self, trunk: Trunk) -> None:
+        """Adapt the trunk's layers for fixed addresses too. Adapters do not learn or move any more from now on."""
+        self.requires_grad_(False)
+        made = {}
+        for layer in self.layers:
+            linears = dict(_linears(trunk.layers[layer]))
+            adapted: dict[str, nn.Module] = {}
+            for name, module in trunk.fixed[layer].named_modules():
+                read = module if isinstance(module, Joined) else Joined({name: module}) if name in linears else None
+                if read is not None:
+                    pairs: list[Any] = [self.pairs[f"{layer}/{each}".replace(".", "/")] for each in read.names]
+                    adapted[name] = AdaptedJoined(read, pairs)
+            made[layer] = twin(trunk.fixed[layer], adapted)
+        object.__setattr__(self, "fixed", made)
 
     def deltas(self) -> dict[str, Tensor]:
         """What merging would add to each weight, by its name in the model (`layers.3.mlp.up_proj.weight`)."""
@@ -66,20 +85,30 @@ class Adapted(nn.Module):
         return torch.addmm(out.flatten(0, -2), low, self.pair.b.to(out).t()).view_as(out)
 
 
+class AdaptedJoined(nn.Module):
+    """Joined layers and their pairs: every A is read by one product, with the layers' own where they are plain."""
+
+    def __init__(self, layers: Joined, pairs: Sequence[Pair]) -> None:
+        super().__init__()
+        self.layers = layers
+        rows = [pair.a for pair in pairs]
+        self.whole = layers.widen(rows)
+        self.a = adjacent(rows) if self.whole is None else self.whole[sum(layers.sizes) :]
+        self.b = nn.ParameterList([pair.b for pair in pairs])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole is not None:
+            out, low = torch.split(F.linear(x, self.whole), [sum(self.layers.sizes), self.a.shape[0]], dim=-1)
+        else:
+            out, low = self.layers(x), F.linear(x, self.a)
+        parts = torch.split(out.flatten(0, -2), self.layers.sizes, dim=-1)
+        for part, low_part, b in zip(parts, low.flatten(0, -2).chunk(len(parts), dim=-1), self.b, strict=True):
+            part.addmm_(low_part, b.t())
+        return out
+
+
 def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     """A decoder layer's projections, quantised or not: whatever has in_features and out_features."""
     for name, module in layer.named_modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             yield name, module
-
-
-def _with(module: nn.Module, replaced: dict[str, Adapted], prefix: str = "") -> nn.Module:
-    """A module like this one over the same weights, with some of its descendants replaced."""
-    twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)  # accelerate's, over several devices: it would call the module copied from
-    children = {}
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        children[name] = replaced.get(path) or _with(child, replaced, f"{path}.")
-    twin.__dict__["_modules"] = children
-    return twin

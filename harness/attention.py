@@ -92,8 +92,7 @@ class CacheView:
 class Slots(NamedTuple):
     """One layer's view at fixed addresses, as tensors: a compiled layer takes nothing else."""
 
-    keys: Tensor
-    values: Tensor
+    both: Tensor
     slots_M: Tensor
     bias_QS: Tensor
 
@@ -101,7 +100,12 @@ class Slots(NamedTuple):
         return False
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.keys.index_copy_(2, self.slots_M, keys), self.values.index_copy_(2, self.slots_M, values)
+        return self.both[0].index_copy_(2, self.slots_M, keys), self.both[1].index_copy_(2, self.slots_M, values)
+
+    def store_both(self, both_2BHMd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in one operation."""
+        stored = self.both.index_copy_(3, self.slots_M, both_2BHMd)
+        return stored[0], stored[1]
 
     def mask(self, layer: int, groups: int) -> Tensor:
         return self.bias_QS
@@ -135,35 +139,46 @@ class FixedView:
 
     def slots(self, layer: int, groups: int) -> Slots:
         """What one layer needs of this view, as tensors."""
-        keys, values = (part[layer][:, :, : self.cache.span] for part in (self.cache.keys, self.cache.values))
-        return Slots(keys, values, self.slots_M, self.mask(layer, groups))
+        return Slots(self.cache.both[layer][..., : self.cache.span, :], self.slots_M, self.mask(layer, groups))
 
     def mask(self, layer: int, groups: int) -> Tensor:
         """(groups * M, span), to be added to the scores, in the cache's dtype."""
         window = self.windows.get(layer)
         key = (None if window is None or window >= self.cache.span else window, groups)
         if key not in self._masks:
-            hidden_MS = ~self._visible(key[0])
-            bias_MS = torch.zeros(hidden_MS.shape, dtype=self.cache.dtype, device=hidden_MS.device)
-            self._masks[key] = bias_MS.masked_fill_(hidden_MS, float("-inf")).repeat(groups, 1)
+            tensors = (self.cache.here, self.slots_M, self.positions_M, self.block_MA)
+            sizes = (self.cache.span, self.at, *key)
+            self._masks[key] = self.cache.compiled(bias)(*tensors, *sizes, self.cache.dtype)
         return self._masks[key]
 
-    def _visible(self, window: int | None) -> Tensor:
-        size = self.positions_M.shape[-1]
-        key_S = torch.arange(self.cache.span, device=self.positions_M.device)
-        offset_S = key_S - self.cache.here
-        if self.block_MA is None:
-            visible_MS = key_S <= self.slots_M[:, None]
-        else:
-            newest = self.block_MA.shape[1]
-            inside_MS = self.block_MA[:, offset_S.clamp(0, newest - 1)]
-            visible_MS = (offset_S < 0) | (inside_MS & (offset_S < newest))
-        if window is not None:
-            # Slot i of the prefix holds position i; the scratch slots of this forward hold its own positions.
-            own_S = (offset_S - self.at).clamp(0, size - 1)
-            position_S = torch.where(offset_S >= self.at, self.positions_M[own_S], key_S)
-            visible_MS = visible_MS & (self.positions_M[:, None] - position_S < window)
-        return visible_MS
+
+def bias(
+    here: Tensor,
+    slots_M: Tensor,
+    positions_M: Tensor,
+    block_MA: Tensor | None,
+    span: int,
+    at: int,
+    window: int | None,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(groups * M, span): 0 where a query of a FixedView may look and -inf elsewhere."""
+    key_S = torch.arange(span, device=positions_M.device)
+    offset_S = key_S - here
+    if block_MA is None:
+        hidden_MS = key_S > slots_M[:, None]
+    else:
+        newest = block_MA.shape[1]
+        inside_MS = block_MA[:, offset_S.clamp(0, newest - 1)]
+        hidden_MS = (offset_S >= 0) & ~(inside_MS & (offset_S < newest))
+    if window is not None:
+        # Slot i of the prefix holds position i; the scratch slots of this forward hold its own positions.
+        own_S = (offset_S - at).clamp(0, positions_M.shape[-1] - 1)
+        position_S = torch.where(offset_S >= at, positions_M[own_S], key_S)
+        hidden_MS = hidden_MS | (positions_M[:, None] - position_S >= window)
+    bias_MS = torch.zeros(hidden_MS.shape, dtype=dtype, device=hidden_MS.device)
+    return bias_MS.masked_fill(hidden_MS, float("-inf")).repeat(groups, 1)
 
 
 def view_of(
@@ -301,9 +316,3 @@ def _frequencies(width: int, base: float, device: torch.device) -> Tensor:
     """(width,), in float32, the two halves alike."""
     half = base ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     return torch.cat((half, half))
-
-
-def rotate(x_BHMd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply `rotary` to queries or keys."""
-    first, second = x_BHMd.chunk(2, dim=-1)
-    return x_BHMd * cos + torch.cat((-second, first), dim=-1) * sin

@@ -9,17 +9,23 @@ short forwards over it look at the first `span` slots, of which there are few di
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+Compiled = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
 
 
 class KVCache:
     """Keys and values of some layers, all of the same shape. `layers` says on which device each of them lives.
 
-    `keys[layer]` and `values[layer]` are views, (B, H, S, d), of one tensor a device, so that moving slots is one
-    operation whatever the number of layers.
+    `keys[layer]` and `values[layer]`, (B, H, S, d), and `both[layer]`, (2, B, H, S, d), are views of one tensor a
+    device, so that moving slots is one operation whatever the number of layers.
     """
 
     def __init__(
@@ -36,15 +42,19 @@ class KVCache:
         self.length = 0
         self.scratch = 0
         "longest forward, in slots beyond the length, that runs at fixed addresses"
+        self.compiled: Compiled = as_it_is
+        "what a runtime makes of functions that prepare such forwards"
         self._length: Tensor | None = None
+        self.both: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._stores: list[Tensor] = []
         for device in dict.fromkeys(layers.values()):
             mine = [layer for layer, where in layers.items() if where == device]
             store = torch.zeros(2, len(mine), batch, heads, capacity, width, device=device, dtype=dtype)
-            self.keys |= {layer: store[0, place] for place, layer in enumerate(mine)}
-            self.values |= {layer: store[1, place] for place, layer in enumerate(mine)}
+            self.both |= {layer: store[:, place] for place, layer in enumerate(mine)}
+            self.keys |= {layer: self.both[layer][0] for layer in mine}
+            self.values |= {layer: self.both[layer][1] for layer in mine}
             self._stores.append(store)
 
     @property
@@ -56,9 +66,9 @@ class KVCache:
         """Whether short forwards run at fixed addresses."""
         return self._length is not None
 
-    def fix(self, scratch: int) -> None:
+    def fix(self, scratch: int, compiled: Compiled = as_it_is) -> None:
         """From now on forwards that end within `scratch` slots of the length run at fixed addresses."""
-        self.scratch = scratch
+        self.scratch, self.compiled = scratch, compiled
         self._length = torch.zeros((), dtype=torch.long, device=self._stores[0].device)
 
     @property

@@ -103,6 +103,25 @@ class RankedTree:
         return Draft(guesses_KR[self.depth_N, self.rank_N], self.shape)
 
 
+BLOCKS = (512, 256, 128)
+
+
+def best_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` of each row and where they are, (R, count), best first.
+
+    In two steps: of blocks and then of their best, for torch's `topk` has a wide row read by one block of threads.
+    """
+    rows, width = scores_RV.shape
+    block = next((block for block in BLOCKS if width % block == 0 and width > block >= count), None)
+    if block is None:
+        best_RC, place_RC = scores_RV.topk(count, dim=-1)
+        return best_RC, place_RC
+    some_RBC, inside_RBC = scores_RV.view(rows, -1, block).topk(count, dim=-1)
+    best_RC, which_RC = some_RBC.flatten(1).topk(count, dim=-1)
+    starts_B1 = torch.arange(0, width, block, device=scores_RV.device)[:, None]
+    return best_RC, (inside_RBC + starts_B1).flatten(1).gather(1, which_RC)
+
+
 def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
     """The `nodes` paths most likely to be right, where accuracy[i][r] is how often the r-th guess for depth i is.
 

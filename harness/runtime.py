@@ -19,6 +19,7 @@ from torch import Tensor
 from harness.cache import KVCache
 
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 NAMES = ("eager", "graph", "compile")
 WARM_UPS = 2
 "runs before a capture: libraries choose their algorithms and allocate workspaces, compiled code is made"
@@ -39,6 +40,10 @@ class Runtime:
     def keeps(self, tensor: Tensor) -> bool:
         """Whether the tensor will be found at the same place in the next round."""
         return False
+
+    def compiled(self, function: F) -> F:
+        """A module's function of tensors and modules, compiled where this runtime compiles."""
+        return function
 
     def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
         """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide."""
@@ -68,8 +73,11 @@ class FixedRuntime(Runtime):
         self.caches: list[KVCache] = []
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
-        cache.fix(scratch)
+        cache.fix(scratch, self.compiled)
         self.caches.append(cache)
+
+    def compiled(self, function: F) -> F:
+        return compiled(function) if self.name == "compile" else function
 
     @property
     def captures(self) -> int:
@@ -182,6 +190,13 @@ class Graph:
                 place.copy_(tensor)
         self.graph.replay()
         return self.outputs
+
+
+@cache
+def compiled(function: F) -> F:
+    """One piece of code for each combination of shapes and of whatever else is not a tensor."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
 def tensors_of(value: Any) -> list[Tensor]:

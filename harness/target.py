@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.adapters import LoRA
-from harness.attention import INTERFACE, CacheView, View, view_of
+from harness.attention import INTERFACE, CacheView, FixedView, View, view_of
 from harness.cache import KVCache
 from harness.draft import Draft, Shape
 from harness.runtime import Runtime
@@ -26,6 +26,8 @@ from harness.trunk import Layers, Trunk, horizon
 from harness.verify import Accepted, Verdict
 
 R = TypeVar("R")
+SLOTS = 16
+"capacities are multiples of this: products over rows of another length fall back to kernels without wide loads"
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,15 @@ class Target:
         self.runtime = runtime or Runtime()
         self.scratch = scratch
         self.trunk = Trunk(model)
-        if self.runtime.name == "compile":
-            self.trunk.compile()
-        elif self.runtime.name == "graph":
-            self.trunk.fuse_norms()
+        if self.runtime.name != "eager":
+            self.trunk.fix(self.runtime)
         longest = horizon(model.config)
         if longest is not None and capacity > longest:
             raise ValueError(
                 f"beyond {longest} positions this model rotates old tokens anew, and {capacity} are asked for: give "
                 "shorter prompts or fewer new tokens"
             )
-        self.cache = self.adopt(self.trunk.cache(capacity))
+        self.cache = self.adopt(self.trunk.cache(-(-capacity // SLOTS) * SLOTS))
         self.pending_1 = torch.zeros(1, dtype=torch.long, device=self.device)
         "the token that the next round starts from; it is not in the cache yet"
         self.taps: frozenset[int] = frozenset()
@@ -186,8 +186,8 @@ class Target:
         hidden = inputs if inputs.is_floating_point() else self.trunk.embed(inputs)
         positions_M = self.cache.positions(at, hidden.shape[0]) if positions_M is None else positions_M
         view = view_of(self.cache, at, positions_M, block_MA, self.trunk.windows)
-        instead = None if adapters is None else adapters.layers
-        return self._run(hidden, positions_M, view, layers=layers, instead=instead)[0]
+        own = None if adapters is None else adapters.fixed if isinstance(view, FixedView) else adapters.layers
+        return self._run(hidden, positions_M, view, layers=layers, instead=own)[0]
 
     def _run(self, hidden_MD: Tensor, positions_M: Tensor, view: View, **how: Any) -> tuple[Tensor, dict[int, Tensor]]:
         """The trunk on a batch of one."""

@@ -1,7 +1,8 @@
 """The walk over transformers' own modules: any subset of sublayers, with taps, explicit positions and an explicit view.
 
 Nothing of a model is re-implemented here but the order of its residual additions, which is checked against
-transformers' own forward for every architecture in `ARCHITECTURES`.
+transformers' own forward for every architecture in `ARCHITECTURES`; short forwards at fixed addresses may run
+`harness.joined` instead.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.attention import INTERFACE, FixedView, View, attend_view
 from harness.cache import KVCache
+from harness.joined import FORMS, fused_norm, joined, turning
+from harness.runtime import Runtime
 
 PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -94,7 +96,9 @@ class Trunk:
         self.windows = _windows(self.config, self.depth)
         self.groups: int = self.config.num_attention_heads // self.config.num_key_value_heads
         "query heads that share a key"
-        self._compiled: Any = None
+        self.fixed: list[Any] = self.layers
+        "what runs in their place at fixed addresses"
+        self._run_fixed: Callable[..., Tensor] = run_layer
         self._normalise: Normalise = as_written
         self._set_attention(INTERFACE)
 
@@ -133,46 +137,42 @@ class Trunk:
         numbered as transformers' `hidden_states`. positions_M may also be (B, M).
         """
         wanted, tapped = frozenset(taps), {}
+        fixed = isinstance(view, FixedView)
+        own, run = (self.fixed, self._run_fixed) if fixed else (self.layers, run_layer)
         positions = positions_M if positions_M.dim() == 2 else positions_M[None]
         turns: dict[tuple[str | None, torch.device], Any] = {}
         embedded_BMD = hidden_BMD
         for index in range(self.depth) if layers is None else layers.indices:
             device = self.devices[index]
-            layer = self.layers[index] if instead is None else instead.get(index, self.layers[index])
+            layer = own[index] if instead is None else instead.get(index, own[index])
             if index in wanted:
                 tapped[index] = hidden_BMD.to(self.device)
             hidden_BMD = hidden_BMD.to(device)
             kind = self._layer_types[index] if self._rotary_by_type and self._layer_types else None
             if (kind, device) not in turns:
                 arguments = (embedded_BMD, positions) if kind is None else (embedded_BMD, positions, kind)
-                turns[kind, device] = tuple(turn.to(device) for turn in self.body.rotary_emb(*arguments))
+                turn = tuple(turn.to(device) for turn in self.body.rotary_emb(*arguments))
+                turns[kind, device] = turn if own is self.layers else turning(*turn)
             attends = layers is None or index in layers.attention
             feeds = layers is None or index in layers.mlp
             how = (turns[kind, device], attends, feeds)
-            if self._compiled is not None and isinstance(view, FixedView):
-                slots = view.slots(index, self.groups)
-                hidden_BMD = self._compiled(layer, self._norms, as_written, hidden_BMD, slots, *how)
-            else:
-                hidden_BMD = run_layer(layer, self._norms, self._normalise, hidden_BMD, view, *how)
+            place = view.slots(index, self.groups) if isinstance(view, FixedView) else view
+            hidden_BMD = run(layer, self._norms, self._normalise, hidden_BMD, place, *how)
         hidden_BMD = self._normalise(self.body.norm, hidden_BMD.to(self.body.norm.weight.device)).to(self.device)
         if self.depth in wanted:
             tapped[self.depth] = hidden_BMD
         return hidden_BMD, tapped
 
-    def compile(self) -> None:
-        """From now on layers over fixed addresses run as one compiled function, the same code for all of them."""
-        # One for each size of forward, span and kind of layer.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
-        self._compiled = torch.compile(
-            run_layer, fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
-        )
+    def fix(self, runtime: Runtime) -> None:
+        """From now on short forwards at fixed addresses run as this runtime would have it, over the same weights.
 
-    def fuse_norms(self) -> None:
-        """From now on every plain RMS norm between sublayers is one kernel of torch's instead of eight.
-
-        It rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
+        Layers of Llama's form are joined, and every plain RMS norm is one kernel of torch's instead of eight; it rounds
+        once where transformers' rounds twice, which bfloat16 shows in its last bit.
         """
-        self._normalise = fused
+        if self.config.model_type in FORMS:
+            self.fixed = [joined(layer) for layer in self.layers]
+        self._run_fixed = runtime.compiled(run_layer)
+        self._normalise = fused_norm
 
     def head(self, normed: Tensor) -> Tensor:
         """Logits of normed hidden states, (.., V)."""
@@ -250,14 +250,6 @@ def run_layer(
 def as_written(norm: nn.Module, hidden: Tensor) -> Tensor:
     """A norm as transformers has it."""
     return norm(hidden)  # type: ignore[no-any-return]
-
-
-def fused(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """A plain RMS norm by torch's kernel; Gemma's, which scale by 1 + weight, as written."""
-    epsilon: float | None = getattr(norm, "variance_epsilon", None)
-    if epsilon is None:
-        return as_written(norm, hidden)
-    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, epsilon)  # type: ignore[arg-type]
 
 
 class DraftHead:

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.attention import View, attend, rotary, rotate, view_of
+from harness.attention import FixedView, Slots, View, attend, rotary, view_of
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, chain, dynamic_tree
+from harness.draft import Draft, Drawn, best_of, chain, dynamic_tree
+from harness.joined import Joined, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
@@ -39,6 +40,9 @@ class EagleOptions(Options, frozen=True, kw_only=True):
     "tree: children tried a leaf, and leaves kept a step"
     drafter: str | None = None
     "checkpoint: file, directory or hub id"
+
+
+READERS = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
 class Layer(nn.Module):
@@ -59,11 +63,18 @@ class Layer(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(width, epsilon)
+        self.joined: dict[str, Joined] = {}
         self.generation = generation
         self.normed_residual = config.get("norm_before_residual", False)  # speculators' name for a variant of EAGLE-3
         if generation == 3:
             self.hidden_norm, self.input_layernorm = nn.RMSNorm(width, epsilon), nn.RMSNorm(width, epsilon)
             self.norm = nn.RMSNorm(width, epsilon)
+
+    def join(self) -> Layer:
+        """One product for what reads the same input, from now on: for drafting. The layer must not move any more."""
+        for what, names in READERS.items():
+            self.joined[what] = Joined({name: getattr(self, name) for name in names})
+        return self
 
     def features(self, tapped: Tensor) -> Tensor:
         """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
@@ -79,23 +90,37 @@ class Layer(nn.Module):
             read = torch.cat((self.input_layernorm(e_BMD), normed_BMD), dim=-1)
         residual = residual + self._attention(read, positions_BM, view)
         x = self.post_attention_layernorm(residual)
-        return residual + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gate, up = self._read("gate_up", x).chunk(2, dim=-1)
+        return residual + self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
     def _attention(self, x: Tensor, positions_BM: Tensor, view: View) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (turn[:, None] for turn in rotary(positions_BM, self.head_width, self.base, q.dtype))
-        keys, values = view.store(0, rotate(k, cos, sin).to(q.dtype), v)
+        heads, kv_heads, scale = self.heads, self.kv_heads, 1 / math.sqrt(self.head_width)
+        heads_BMHd = self._read("qkv", x).view(*x.shape[:-1], -1, self.head_width)
+        turn = turning(*rotary(positions_BM, self.head_width, self.base, heads_BMHd.dtype))
+        if isinstance(view, Slots):
+            return self.o_proj(turn_and_attend(heads_BMHd, kv_heads, *turn, view, scale))  # type: ignore[no-any-return]
+        turn_(heads_BMHd[:, :, : heads + kv_heads], *turn)
+        q, k, v = torch.split(heads_BMHd.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
+        keys, values = view.store(0, k, v)
         causal = view.causal(0)
-        mask = None if causal else view.mask(0, self.heads // self.kv_heads)
-        out = attend(rotate(q, cos, sin), keys, values, mask=mask, causal=causal, scale=1 / math.sqrt(self.head_width))
+        mask = None if causal else view.mask(0, heads // kv_heads)
+        out = attend(q, keys, values, mask=mask, causal=causal, scale=scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _read(self, what: str, x: Tensor) -> Tensor:
+        """Projections of one input, side by side."""
+        if what in self.joined:
+            return self.joined[what](x)  # type: ignore[no-any-return]
+        return torch.cat([getattr(self, name)(x) for name in READERS[what]], dim=-1)
 
     def read_out(self, a: Tensor) -> Tensor:
         """What goes into the output head."""
         return a if self.generation == 1 else self.norm(a)
+
+
+def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+    """What a runtime may compile: one function for every drafting layer."""
+    return layer(g_BMD, e_BMD, positions_BM, view)  # type: ignore[no-any-return]
 
 
 class Eagle(Method):
@@ -131,7 +156,8 @@ class Eagle(Method):
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
         layer, head, taps = load_layer(drafter, target.trunk)
-        return cls(target, layer.to(target.device, target.trunk.dtype), head, taps, options, sampler)
+        layer = layer.to(target.device, target.trunk.dtype).join()
+        return cls(target, layer, head, taps, options, sampler)
 
     @property
     def reach(self) -> int:
@@ -179,6 +205,10 @@ class Eagle(Method):
             positions_M = torch.full_like(positions_M, depth) + self.cache.here
         view = view_of(self.cache, at, positions_M, block_MA)
         embedded = self.target.trunk.embed(ids_M)
+        if isinstance(view, FixedView):
+            slots = view.slots(0, self.layer.heads // self.layer.kv_heads)
+            step = self.target.runtime.compiled(run_step)
+            return step(self.layer, g_MD[None], embedded[None], positions_M[None], slots)[0]
         return self.layer(g_MD[None], embedded[None], positions_M[None], view)[0]  # type: ignore[no-any-return]
 
     def propose(self, tokens: Sequence[int]) -> Draft:
@@ -213,14 +243,15 @@ class Eagle(Method):
         size = 1
         for level in range(self.options.depth):
             log_q = torch.log_softmax(self.head.logits(self.layer.read_out(a_BD)).float(), dim=-1)
-            step_BR, rows_BR = log_q.topk(branch, dim=-1)
+            step_BR, rows_BR = best_of(log_q, branch)
             total_BR = chance_B[:, None] + step_BR
             ids.append(self.head.tokens(rows_BR).flatten())
             chances.append(total_BR.flatten())
             parents.append(leaf_B.repeat_interleave(branch))
             if level + 1 == self.options.depth:
                 break
-            chance_B, best_B = chances[-1].topk(branch)
+            # A sort of so few is one kernel, and faster than `topk`.
+            chance_B, best_B = (part[:branch] for part in chances[-1].sort(descending=True))
             parent_row_B = best_B // branch
             seen_BA = seen_BA[parent_row_B] if level else seen_BA
             seen_BA = torch.cat((seen_BA, torch.eye(branch, dtype=torch.bool, device=device)), dim=1)

@@ -22,7 +22,7 @@ from harness import drafter as checkpoint
 from harness.adapters import LoRA
 from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, RankedTree, best_paths, chain
+from harness.draft import Draft, Drawn, RankedTree, best_of, best_paths, chain
 from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
@@ -105,7 +105,7 @@ class S3D(Method):
         if options.mode == "gated":
             lora = LoRA(target.trunk, layers.indices, config["rank"])
             lora.load_state_dict(tensors)
-            lora.to(target.device, target.trunk.dtype)
+            lora.to(target.device, target.trunk.dtype).join(target.trunk)
         guesses = None
         if options.nodes:
             accuracy = checkpoint.rank_accuracy(config, k + 1)
@@ -130,7 +130,7 @@ class S3D(Method):
         hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
         logits = self.head.logits(hidden)
         if self.guesses is not None:
-            return self.guesses.draft(self.head.tokens(logits.topk(self.guesses.ranks, dim=-1).indices))
+            return self.guesses.draft(self.head.tokens(best_of(logits, self.guesses.ranks)[1]))
         shape = chain(logits.shape[0], self.target.device)
         if self.sampler.greedy:
             return Draft(self.head.tokens(logits.argmax(-1)), shape)

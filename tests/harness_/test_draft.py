@@ -8,7 +8,7 @@ from bench import steady
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.draft import chain, dynamic_tree, nothing, point_chain, tree
+from harness.draft import best_of, chain, dynamic_tree, nothing, point_chain, tree
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,12 @@ def test_drafts_of_no_randomness() -> None:
     assert len(nothing(CPU)) == 0
     assert point_chain([5, 6, 7], CPU).tokens_N.tolist() == [5, 6, 7]
     assert len(point_chain([], CPU)) == 0
+
+
+@pytest.mark.parametrize("width", [5, 128, 384, 1000, 1024, 32_000])
+def test_the_best_of_a_wide_row_are_those_of_topk(width: int) -> None:
+    scores_RV = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    best_RC, place_RC = best_of(scores_RV, 5)
+    expected = scores_RV.topk(5, dim=-1)
+    assert torch.equal(best_RC, expected.values)
+    assert torch.equal(place_RC, expected.indices)

@@ -338,9 +338,9 @@ def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Any) -> None:
 
 
 def test_a_cache_that_is_too_small_is_noticed() -> None:
-    target = Target(tiny("llama"), capacity=8)
+    target = Target(tiny("llama"), capacity=16)
     with pytest.raises(AssertionError, match="too small a cache"):
-        target.prefill(text(9, VOCAB))
+        target.prefill(text(17, VOCAB))
 
 
 def test_a_sampled_text_depends_on_its_seed_alone() -> None:

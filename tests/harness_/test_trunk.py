@@ -11,7 +11,8 @@ from tiny import VOCAB, tiny
 from harness.adapters import LoRA
 from harness.attention import CacheView
 from harness.draft import chain, tree
-from harness.trunk import ARCHITECTURES, Trunk, fused
+from harness.joined import fused_norm
+from harness.trunk import ARCHITECTURES, Trunk
 
 META = torch.device("meta")
 
@@ -56,7 +57,7 @@ def test_fused_norms_are_the_same_norms(architecture: str) -> None:
         for index, norm in enumerate(norms):
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(index))
         if fuses:
-            trunk.fuse_norms()
+            trunk.fix(bench.Rehearsal())
         positions = torch.arange(12)
         view = CacheView(trunk.cache(16), 0, positions)
         with torch.inference_mode():
@@ -91,5 +92,5 @@ def test_gemmas_norms_stay_as_written() -> None:
         norm = tiny(architecture, hidden_size=8).model.norm
         calls = []
         norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        fused(norm, hidden)
+        fused_norm(norm, hidden)
         assert bool(calls) is alike

@@ -1,0 +1,216 @@
+"""Decoder layers of Llama's form in fewer kernels, for short forwards at fixed addresses.
+
+Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
+model's own: joined ones lie one after another in memory, and the model's own layers look at their parts. In float32
+the values are transformers' to the last few bits; in half precision a rotation rounds once less.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.attention import Slots, attend
+
+FORMS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"model types whose attention and MLP are these: query, key and value projected and rotated apart; a gated MLP"
+
+
+SMALL_BYTES = 8 * 2**20
+"""of a weight that one token reads by a kernel of the compiler's own: those of cuBLAS take 4 us at least (H200)"""
+
+
+class Joined(nn.Module):
+    """Linear layers that read one input, (.., in) -> their outputs side by side, (.., out_1 + out_2 + ..).
+
+    One product where the weights can lie together: plain and LLM.int8 ones can, nf4 has a state for each.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        """`parts` by their names in the decoder layer."""
+        super().__init__()
+        self.names = tuple(parts)
+        self.parts = list(parts.values())
+        self.sizes = [part.out_features for part in self.parts]
+        whole = _whole(self.parts)
+        self.products = nn.ModuleList(self.parts if whole is None else [whole])
+        self.plain = type(whole) is nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._small:
+            weight: Tensor = self.products[0].weight  # type: ignore[assignment]
+            return (x.view(1, -1).float() * weight).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        outs = [product(x) for product in self.products]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+    @property
+    def _small(self) -> bool:
+        product: Any = self.products[0]
+        return self.plain and product.bias is None and product.weight.nbytes <= SMALL_BYTES
+
+    def widen(self, rows: Sequence[Tensor]) -> Tensor | None:
+        """The weights with more rows behind them, which move there, as one tensor; None where that cannot be."""
+        product: Any = self.products[0]
+        if not self.plain or product.bias is not None or any(row.dtype != product.weight.dtype for row in rows):
+            return None
+        whole = adjacent([*(part.weight for part in self.parts), *rows])
+        product.weight.data = whole[: sum(self.sizes)]
+        return whole
+
+
+class Attention(nn.Module):
+    """Attention with one product for queries, keys and values, which are stored and rotated together."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.head_width, self.scaling = own.head_dim, own.scaling
+        self.kv_heads = own.k_proj.out_features // own.head_dim
+        self.heads = own.q_proj.out_features // own.head_dim
+        self.qkv = Joined({f"self_attn.{name}": getattr(own, name) for name in ("q_proj", "k_proj", "v_proj")})
+        self.o_proj = Joined({"self_attn.o_proj": own.o_proj})
+        self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
+
+    def forward(
+        self, hidden_BMD: Tensor, *, position_embeddings: tuple[Tensor, Tensor], view: Slots, **_: Any
+    ) -> tuple[Tensor, None]:
+        """`position_embeddings` are those of `turning`."""
+        heads_BMHd = self.qkv(hidden_BMD).view(*hidden_BMD.shape[:-1], -1, self.head_width)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key, value = torch.split(heads_BMHd, [self.heads, self.kv_heads, self.kv_heads], dim=2)
+            normed = fused_norm(self.q_norm, query), fused_norm(self.k_norm, key)
+            heads_BMHd = torch.cat((*normed, value), dim=2)
+        return self.o_proj(turn_and_attend(heads_BMHd, self.kv_heads, *position_embeddings, view, self.scaling)), None
+
+
+def turn_and_attend(heads_BMHd: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, view: Slots, scale: float) -> Tensor:
+    """Query, key and value heads, in this order, unrotated and overwritten -> what attention gives, (B, M, H * d).
+
+    `cos` and `sin` are those of `turning`.
+    """
+    heads = heads_BMHd.shape[2] - 2 * kv_heads
+    turn_(heads_BMHd[:, :, : heads + kv_heads], cos, sin)
+    both_BM2Hd = heads_BMHd[:, :, heads:].unflatten(2, (2, kv_heads))  # type: ignore[no-untyped-call]
+    keys, values = view.store_both(both_BM2Hd.permute(2, 0, 3, 1, 4))
+    query = heads_BMHd[:, :, :heads].transpose(1, 2)
+    out = attend(query, keys, values, mask=view.bias_QS, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    """A gated MLP with one product for gate and up."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.gate_up = Joined({f"mlp.{name}": getattr(own, name) for name in ("gate_proj", "up_proj")})
+        self.down_proj, self.act_fn = Joined({"mlp.down_proj": own.down_proj}), own.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+
+
+def joined(layer: nn.Module) -> nn.Module:
+    """A decoder layer of one of FORMS in this shape, over the same weights."""
+    return twin(layer, {"self_attn": Attention(layer.self_attn), "mlp": MLP(layer.mlp)})
+
+
+def turning(cos_BMd: Tensor, sin_BMd: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as `turned` wants them: for every head, the sines of the first half negative."""
+    half = sin_BMd.shape[-1] // 2
+    return cos_BMd[:, :, None], torch.cat((-sin_BMd[..., :half], sin_BMd[..., half:]), dim=-1)[:, :, None]
+
+
+def turn_(x_BMHd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary positions (Su et al. 2021), half-split layout, in place."""
+    first, second = x_BMHd.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    x_BMHd.mul_(cos).addcmul_(swapped, sin)
+
+
+def fused_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """A plain RMS norm by torch's kernel; Gemma's, which scale by 1 + weight, as written."""
+    epsilon: float | None = getattr(norm, "variance_epsilon", None)
+    if epsilon is None:
+        return norm(hidden)  # type: ignore[no-any-return]
+    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, epsilon)  # type: ignore[arg-type]
+
+
+def twin(module: nn.Module, replaced: Mapping[str, nn.Module], prefix: str = "") -> nn.Module:
+    """A module like this one over the same weights, with some of its descendants replaced."""
+    made = copy.copy(module)
+    made.__dict__.pop("forward", None)  # accelerate's, over several devices: it would call the module copied from
+    children = {}
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        children[name] = replaced.get(path) or twin(child, replaced, f"{path}.")
+    made.__dict__["_modules"] = children
+    return made
+
+
+def adjacent(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one after another along their first dimension, alone in their memory; moved where they do not lie so yet.
+
+    Each of them is a view of its rows from then on, so no byte is held twice.
+    """
+    memory = tensors[0].untyped_storage()
+    places = [tensor.data_ptr() - memory.data_ptr() for tensor in tensors]
+    ends = [place + tensor.nbytes for place, tensor in zip(places, tensors, strict=True)]
+    rows = [tensor.shape[0] for tensor in tensors]
+    if places == [0, *ends[:-1]] and ends[-1] == memory.nbytes() and all(each.is_contiguous() for each in tensors):
+        return tensors[0].data.as_strided((sum(rows), *tensors[0].shape[1:]), tensors[0].stride())
+    whole = torch.cat([tensor.data for tensor in tensors])
+    for tensor, part in zip(tensors, torch.split(whole, rows), strict=True):
+        tensor.data = part
+    return whole
+
+
+def _whole(parts: Sequence[Any]) -> nn.Module | None:
+    """One linear layer of the parts' weights, or None where their kind cannot lie together."""
+    kinds, biased = {type(part) for part in parts}, {part.bias is not None for part in parts}
+    if len(kinds) > 1 or len(biased) > 1:
+        return None
+    make = {"Linear": _plain, "Linear8bitLt": _int8}.get(kinds.pop().__name__)
+    if make is None:
+        return None
+    whole: Any = make(parts)
+    whole.bias = _frozen(adjacent([part.bias for part in parts])) if biased.pop() else None
+    return whole.train(parts[0].training)  # type: ignore[no-any-return]
+
+
+def _plain(parts: Sequence[nn.Linear]) -> nn.Linear:
+    whole = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
+    whole.weight = _frozen(adjacent([part.weight for part in parts]))
+    return whole
+
+
+def _int8(parts: Iterable[Any]) -> nn.Module:
+    """Each output has a scale of its own, so the joined layer gives the same numbers."""
+    import bitsandbytes as bnb
+
+    parts = list(parts)
+    for part in parts:
+        if part.weight.CB is not None:
+            part.init_8bit_state()  # as its first forward does
+    codes = adjacent([part.weight for part in parts])
+    scales = adjacent([part.state.SCB for part in parts])
+    for part in parts:
+        part.state.CB = part.weight.data
+    kit: Any = bnb.nn
+    outs = sum(part.out_features for part in parts)
+    whole: Any = kit.Linear8bitLt(
+        *(parts[0].in_features, outs, False),
+        has_fp16_weights=False,
+        threshold=parts[0].state.threshold,
+        device="meta",
+    )
+    whole.weight = kit.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+    return whole  # type: ignore[no-any-return]
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
