@@ -101,9 +101,13 @@ class AdaptedJoined(nn.Module):
             out, low = torch.split(F.linear(x, self.whole), [sum(self.layers.sizes), self.a.shape[0]], dim=-1)
         else:
             out, low = self.layers(x), F.linear(x, self.a)
-        parts = torch.split(out.flatten(0, -2), self.layers.sizes, dim=-1)
-        for part, low_part, b in zip(parts, low.flatten(0, -2).chunk(len(parts), dim=-1), self.b, strict=True):
-            part.addmm_(low_part, b.t())
+        parts = torch.split(out, self.layers.sizes, dim=-1)
+        lows = low.chunk(len(parts), dim=-1)
+        if torch.compiler.is_compiling():  # sums become part of other kernels
+            pairs = zip(parts, lows, self.b, strict=True)
+            return torch.cat([part + F.linear(low_part, b) for part, low_part, b in pairs], dim=-1)
+        for part, low_part, b in zip(parts, lows, self.b, strict=True):
+            part.flatten(0, -2).addmm_(low_part.flatten(0, -2), b.t())
         return out
 
 
