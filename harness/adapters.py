@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, section 4.1) beside a model's linear layers, whatever their bits.
 
-y = W x + B A x. The model's own layers are not touched: an adapted layer is a second module over the same weights, and
+y = W x + B A x. The model's own layers stay as they are: an adapted layer is a second module over the same weights, and
 a pass runs the one or the other.
 """
 
@@ -20,7 +20,7 @@ from harness.trunk import Trunk
 class LoRA(nn.Module):
     """Adapters of one rank for every linear layer of the chosen decoder layers; `layers` are those layers, adapted.
 
-    `fixed` are those that run at fixed addresses, once `join` was called.
+    `fixed` are those that run at fixed addresses: `layers`, or after `join` the trunk's joined ones, adapted.
 
     State: `pairs.{layer}/{projection}.a` (rank, in) and `.b` (out, rank), the projection named as in the layer
     (`self_attn/q_proj`). `.b` starts at zero, so a new adapter changes nothing.
@@ -44,7 +44,10 @@ class LoRA(nn.Module):
             self.layers[layer] = twin(trunk.layers[layer], adapted)
 
     def join(self, trunk: Trunk) -> None:
-        """Adapt the trunk's layers for fixed addresses too. Adapters do not learn or move any more from now on."""
+        """Adapt the trunk's joined layers too, before anything is captured: plain weights move, and A with them.
+
+        Adapters have the weights' dtype by now, and do not learn or move any more.
+        """
         self.requires_grad_(False)
         made = {}
         for layer in self.layers:

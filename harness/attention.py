@@ -267,7 +267,9 @@ def attend(
     folded = query.reshape(batch, keys.shape[1], groups * size, width)
     if softcap is None and mask is not None and mask.is_floating_point():
         turned = keys[0].transpose(-1, -2)
-        if torch.compiler.is_compiling():  # part of the softmax's kernel, where baddbmm would copy the mask first
+        # Compiled, the sum is part of the softmax's kernel, where baddbmm would copy the mask first; but float16 has no
+        # room for scores that are not scaled yet.
+        if torch.compiler.is_compiling() and query.dtype != torch.float16:
             scores = torch.bmm(folded[0], turned) * scale + mask
         else:
             scores = torch.baddbmm(mask[None], folded[0], turned, alpha=scale)
@@ -305,14 +307,14 @@ def attend_view(
     return out.transpose(1, 2).contiguous(), None
 
 
-def rotary(positions_M: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (Su et al. 2021), (M, width) each, in the half-split layout."""
-    angles = positions_M[..., None] * _frequencies(width, base, positions_M.device)
+def rotary(positions_M: Tensor, frequencies_d: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (Su et al. 2021), (M, d) each, in the half-split layout."""
+    angles = positions_M[..., None] * frequencies_d
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @lru_cache
-def _frequencies(width: int, base: float, device: torch.device) -> Tensor:
-    """(width,), in float32, the two halves alike."""
+def frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    """(width,), in float32, the two halves alike: what `rotary` takes."""
     half = base ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     return torch.cat((half, half))

@@ -1,8 +1,8 @@
 """Decoder layers of Llama's form in fewer kernels, for short forwards at fixed addresses.
 
 Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
-model's own: joined ones lie one after another in memory, and the model's own layers look at their parts. In float32
-the values are transformers' to the last few bits; in half precision a rotation rounds once less.
+model's own: joined ones lie one after another in memory, and the model's own layers look at their parts, until `apart`.
+In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once less.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def joined(layer: nn.Module) -> nn.Module:
 
 
 def turning(cos_BMd: Tensor, sin_BMd: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines as `turned` wants them: for every head, the sines of the first half negative."""
+    """Cosines and sines as `turn_` wants them: for every head, the sines of the first half negative."""
     half = sin_BMd.shape[-1] // 2
     return cos_BMd[:, :, None], torch.cat((-sin_BMd[..., :half], sin_BMd[..., half:]), dim=-1)[:, :, None]
 
@@ -155,7 +155,7 @@ def twin(module: nn.Module, replaced: Mapping[str, nn.Module], prefix: str = "")
 def adjacent(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors one after another along their first dimension, alone in their memory; moved where they do not lie so yet.
 
-    Each of them is a view of its rows from then on, so no byte is held twice.
+    Each of them is a view of its rows from then on. Their old memory is free, but for a file that is mapped.
     """
     memory = tensors[0].untyped_storage()
     places = [tensor.data_ptr() - memory.data_ptr() for tensor in tensors]
@@ -167,6 +167,13 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor:
     for tensor, part in zip(tensors, torch.split(whole, rows), strict=True):
         tensor.data = part
     return whole
+
+
+def apart(model: nn.Module) -> None:
+    """Give every plain linear layer a memory of its own again, so that nothing stays that lay behind its weights."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.untyped_storage().nbytes() > module.weight.nbytes:
+            module.weight.data = module.weight.data.clone()
 
 
 def _whole(parts: Sequence[Any]) -> nn.Module | None:

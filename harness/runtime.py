@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from harness.cache import KVCache
+from harness.cache import KVCache, as_it_is
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +33,8 @@ class Runtime:
     """Eager: transformers' own kernels, one launch each."""
 
     name = "eager"
+    joins = False
+    "whether layers run in fewer kernels, over weights that are moved together (`harness.joined`)"
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
         """A cache that calls will read and write; rounds reach `scratch` slots beyond its length."""
@@ -42,7 +44,7 @@ class Runtime:
         return False
 
     def compiled(self, function: F) -> F:
-        """A module's function of tensors and modules, compiled where this runtime compiles."""
+        """A module's function of tensors, modules and constants, compiled where this runtime compiles."""
         return function
 
     def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
@@ -73,7 +75,7 @@ class FixedRuntime(Runtime):
         self.caches: list[KVCache] = []
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
-        cache.fix(scratch, self.compiled)
+        cache.fix(scratch, compiled if self.name == "compile" else as_it_is)
         self.caches.append(cache)
 
     def compiled(self, function: F) -> F:
@@ -93,6 +95,8 @@ class Capture(Protocol):
 
 class CapturingRuntime(FixedRuntime):
     """One capture a name, input shapes and cache spans; a subclass says how to record one."""
+
+    joins = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

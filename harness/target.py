@@ -51,7 +51,7 @@ class Target:
         Raises ValueError for a model that cannot be walked, or not this far.
         """
         self.runtime = runtime or Runtime()
-        self.scratch = scratch
+        self.capacity, self.scratch = capacity, scratch
         self.trunk = Trunk(model)
         if self.runtime.name != "eager":
             self.trunk.fix(self.runtime)
@@ -120,7 +120,7 @@ class Target:
 
     def beside(self, model: Any) -> Target:
         """A target of another model with as much room and the same runtime."""
-        return Target(model, capacity=self.cache.capacity, scratch=self.scratch, runtime=self.runtime)
+        return Target(model, capacity=self.capacity, scratch=self.scratch, runtime=self.runtime)
 
     def reset(self) -> None:
         self.cache.reset()

@@ -166,10 +166,10 @@ class Trunk:
     def fix(self, runtime: Runtime) -> None:
         """From now on short forwards at fixed addresses run as this runtime would have it, over the same weights.
 
-        Layers of Llama's form are joined, and every plain RMS norm is one kernel of torch's instead of eight; it rounds
-        once where transformers' rounds twice, which bfloat16 shows in its last bit.
+        Layers of Llama's form are joined where kernels are launched, and every plain RMS norm is one kernel of torch's
+        instead of eight; it rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
         """
-        if self.config.model_type in FORMS:
+        if runtime.joins and self.config.model_type in FORMS:
             self.fixed = [joined(layer) for layer in self.layers]
         self._run_fixed = runtime.compiled(run_layer)
         self._normalise = fused_norm

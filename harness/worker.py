@@ -26,6 +26,7 @@ from harness import runtime as runtimes
 from harness.decode import Limits, decode
 from harness.drawn import DrawnVerdicts
 from harness.errors import UserError
+from harness.joined import apart
 from harness.method import Method
 from harness.plan import Job, Plan, Turn
 from harness.results import Outcome, append_trial, read_trials
@@ -238,8 +239,11 @@ class Bench:
     def lend(self, job: Job) -> LoadedModel | None:
         """The target for another cell, where that wants the same."""
         cell, other = (self.plan.cells[each.cell].cell for each in (self.job, job))
-        same = job.source == self.job.source and (cell.bits, cell.dtype) == (other.bits, other.dtype)
-        return self.loaded if same else None
+        if job.source != self.job.source or (cell.bits, cell.dtype) != (other.bits, other.dtype):
+            return None
+        if self.target.runtime.joins:
+            apart(self.loaded.model)
+        return self.loaded
 
     def _seed(self, turn: Turn) -> None:
         assert self.sampler.generator is not None
@@ -299,6 +303,8 @@ def set_up(job: Job, plan: Plan, loaded: LoadedModel | None = None) -> Bench:
         target, decoder = seat(loaded.model, spec, drafter, sampler, room, cell.runtime)
     except ValueError as error:  # a method or the target refuses what the user asked for, and says why
         raise UserError(str(error)) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # where weights lay before they were joined
     gauges = meters.gauges(target.device, target.trunk.devices)
     # Random weights say nothing, and so never that a text is over.
     ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
@@ -332,6 +338,7 @@ def seat(
             target.tap(decoder.taps)
             return target, decoder
         spare = decoder.reach
+        del target, decoder  # before their successors are made
 
 
 def encoded(

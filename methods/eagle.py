@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.attention import FixedView, Slots, View, attend, rotary, view_of
+from harness.attention import FixedView, Slots, View, attend, frequencies, rotary, view_of
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, best_of, chain, dynamic_tree
 from harness.joined import Joined, turn_, turn_and_attend, turning
@@ -80,23 +80,31 @@ class Layer(nn.Module):
         """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
         return tapped if self.generation == 1 else self.fc(tapped)
 
-    def forward(self, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Of its rotary positions."""
+        return frequencies(self.head_width, self.base, device)
+
+    def forward(
+        self, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor | None = None
+    ) -> Tensor:
         """One step at M positions: un-normed output features (B, M, D)."""
+        if frequencies_d is None:
+            frequencies_d = self.frequencies(g_BMD.device)
         if self.generation == 1:
             residual = read = self.fc(torch.cat((e_BMD, g_BMD), dim=-1))
         else:
             normed_BMD = self.hidden_norm(g_BMD)
             residual = normed_BMD if self.normed_residual else g_BMD
             read = torch.cat((self.input_layernorm(e_BMD), normed_BMD), dim=-1)
-        residual = residual + self._attention(read, positions_BM, view)
+        residual = residual + self._attention(read, positions_BM, view, frequencies_d)
         x = self.post_attention_layernorm(residual)
         gate, up = self._read("gate_up", x).chunk(2, dim=-1)
         return residual + self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+    def _attention(self, x: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor) -> Tensor:
         heads, kv_heads, scale = self.heads, self.kv_heads, 1 / math.sqrt(self.head_width)
         heads_BMHd = self._read("qkv", x).view(*x.shape[:-1], -1, self.head_width)
-        turn = turning(*rotary(positions_BM, self.head_width, self.base, heads_BMHd.dtype))
+        turn = turning(*rotary(positions_BM, frequencies_d, heads_BMHd.dtype))
         if isinstance(view, Slots):
             return self.o_proj(turn_and_attend(heads_BMHd, kv_heads, *turn, view, scale))  # type: ignore[no-any-return]
         turn_(heads_BMHd[:, :, : heads + kv_heads], *turn)
@@ -118,9 +126,11 @@ class Layer(nn.Module):
         return a if self.generation == 1 else self.norm(a)
 
 
-def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View) -> Tensor:
+def run_step(
+    layer: Layer, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor
+) -> Tensor:
     """What a runtime may compile: one function for every drafting layer."""
-    return layer(g_BMD, e_BMD, positions_BM, view)  # type: ignore[no-any-return]
+    return layer(g_BMD, e_BMD, positions_BM, view, frequencies_d)  # type: ignore[no-any-return]
 
 
 class Eagle(Method):
@@ -208,7 +218,8 @@ class Eagle(Method):
         if isinstance(view, FixedView):
             slots = view.slots(0, self.layer.heads // self.layer.kv_heads)
             step = self.target.runtime.compiled(run_step)
-            return step(self.layer, g_MD[None], embedded[None], positions_M[None], slots)[0]
+            turns = self.layer.frequencies(g_MD.device)
+            return step(self.layer, g_MD[None], embedded[None], positions_M[None], slots, turns)[0]
         return self.layer(g_MD[None], embedded[None], positions_M[None], view)[0]  # type: ignore[no-any-return]
 
     def propose(self, tokens: Sequence[int]) -> Draft:

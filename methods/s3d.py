@@ -105,7 +105,9 @@ class S3D(Method):
         if options.mode == "gated":
             lora = LoRA(target.trunk, layers.indices, config["rank"])
             lora.load_state_dict(tensors)
-            lora.to(target.device, target.trunk.dtype).join(target.trunk)
+            lora.to(target.device, target.trunk.dtype)
+            if target.runtime.joins:
+                lora.join(target.trunk)
         guesses = None
         if options.nodes:
             accuracy = checkpoint.rank_accuracy(config, k + 1)

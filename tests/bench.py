@@ -117,8 +117,8 @@ class Rehearsal(CapturingRuntime):
     So whatever is not an input and does not lie at a fixed address is stale, as it would be in a CUDA graph.
     """
 
-    def __init__(self) -> None:
-        super().__init__("graph")
+    def __init__(self, name: str = "graph") -> None:
+        super().__init__(name)
 
     def capture(self, function: Any, inputs: list[Tensor]) -> tuple[Any, Any]:
         outputs, lengths = function(*inputs), [cache.length for cache in self.caches]

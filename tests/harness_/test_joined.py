@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from harness.adapters import LoRA
 from harness.draft import Draft, chain
-from harness.joined import FORMS, Joined, adjacent, turn_, turning
+from harness.joined import FORMS, Joined, adjacent, apart, turn_, turning
 from harness.target import Target
 from harness.trunk import Trunk
 
@@ -118,3 +119,24 @@ def test_rotation_in_place_is_transformers_own() -> None:
     heads = torch.cat((query, key), dim=1).transpose(1, 2).contiguous()
     turn_(heads, *turning(cos, sin))
     torch.testing.assert_close(heads, expected)
+
+
+def test_a_lent_model_keeps_nothing_of_the_adapters_before() -> None:
+    model = tiny("gemma2")
+    before = storages(model)
+    target = Target(model, capacity=64, scratch=16, runtime=Rehearsal())
+    lora = LoRA(target.trunk, (0, 3), rank=4)
+    lora.join(target.trunk)
+    assert storages(model) > before
+    apart(model)
+    assert storages(model) == before
+
+
+def test_a_target_and_its_cache_go_with_their_last_name() -> None:
+    """A cycle would keep them until Python collects, and a peak of the next cell would hold both."""
+    gone = []
+    for name in ("graph", "compile"):
+        target = Target(tiny("llama"), capacity=64, scratch=16, runtime=Rehearsal(name))
+        weakref.finalize(target.cache, gone.append, name)
+        del target
+    assert gone == ["graph", "compile"]
