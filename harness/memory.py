@@ -3,8 +3,10 @@
 On an accelerator everything is measured by itself: what tensors of weights, drafter and cache take, what was allocated
 once they were loaded, what captured graphs took, and the peak. Activations and workspace are what the peak was above
 the loaded state; what the loaded state holds beyond the tensors that were counted is `unattributed`, and small. Slack
-is what the allocator reserved and did not use. On a CPU only the resident set is known: what the program took before
-anything was loaded, and the rest, in which loading, activations and workspace cannot be told apart.
+is what the allocator reserved and nobody asked for: blocks that were free at the peak, and what blocks are larger than
+the tensors in them (up to 1 MiB each, so several per cent of a small model). On a CPU only the resident set is known:
+what the program took before anything was loaded, and the rest, in which loading, activations and workspace cannot be
+told apart.
 """
 
 from __future__ import annotations
@@ -55,10 +57,11 @@ def _of_allocator(memory: Memory, held: dict[str, int], peak: int) -> Attributio
     if memory.load_bytes is None:
         return None
     graphs = memory.graphs_bytes or 0
+    rounding = memory.rounding_bytes or 0
     parts = held | {"graphs": graphs, "activations, workspace": peak - memory.load_bytes - graphs}
-    unattributed = peak - sum(parts.values())
+    unattributed = peak - sum(parts.values()) - rounding
     if memory.peak_reserved_bytes is not None:
-        parts["slack"] = memory.peak_reserved_bytes - peak
+        parts["slack"] = memory.peak_reserved_bytes - peak + rounding
     return Attribution(parts=parts, peak_bytes=peak, unattributed_bytes=unattributed)
 
 

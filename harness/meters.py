@@ -53,6 +53,10 @@ class Gauges:
     def allocated_bytes(self) -> int | None:
         return None
 
+    def rounding_bytes(self) -> int | None:
+        """What the allocator's blocks are larger than what was asked for, as far as it tells."""
+        return None
+
     def refuse_beyond(self, budget_bytes: int) -> None:
         """Raises MemoryError where the process has been larger; nothing can cap a CPU's resident set from within."""
         peak = peak_rss_bytes()
@@ -98,6 +102,11 @@ class AcceleratorGauges(Gauges):
 
     def allocated_bytes(self) -> int | None:
         return torch.accelerator.memory.memory_allocated(self.device) if self.keeps_peaks else None
+
+    def rounding_bytes(self) -> int | None:
+        stats = torch.accelerator.memory.memory_stats(self.device) if self.keeps_peaks else {}
+        allocated, asked = (stats.get(f"{name}_bytes.all.current") for name in ("allocated", "requested"))
+        return None if allocated is None or asked is None else allocated - asked
 
     def energy_joules(self) -> float | None:
         return None if self.nvml is None else self.nvml.energy_joules()
@@ -148,6 +157,9 @@ class ShardedGauges(AcceleratorGauges):
 
     def allocated_bytes(self) -> int | None:
         return sum(torch.accelerator.memory.memory_allocated(device) for device in self.devices)
+
+    def rounding_bytes(self) -> int | None:
+        return None
 
     def memory(self) -> Memory:
         peaks = {str(device): torch.accelerator.memory.max_memory_allocated(device) for device in self.devices}

@@ -81,6 +81,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     load_bytes: int | None = None
     "allocated after loading the target and the drafter, before the first prompt"
+    rounding_bytes: int | None = None
+    "of those, what the allocator's blocks are larger than what was asked for"
     peak_allocated_bytes: int | None = None
     "largest sum of live tensors on the accelerator during the trial"
     peak_allocated_by_device: dict[str, int] | None = None

@@ -159,6 +159,7 @@ class Bench:
     gauges: meters.Gauges
     program_bytes: int
     load_bytes: int | None
+    rounding_bytes: int | None
     limits: Limits
     redraw: DrawnVerdicts | None
 
@@ -199,6 +200,7 @@ class Bench:
         memory = msgspec.structs.replace(
             reading.memory,
             load_bytes=self.load_bytes,
+            rounding_bytes=self.rounding_bytes,
             weights_bytes=self.loaded.weight_bytes,
             drafter_bytes=self.method.drafter_bytes,
             cache_bytes=self.target.cache.bytes,
@@ -308,12 +310,10 @@ def set_up(job: Job, plan: Plan, loaded: LoadedModel | None = None) -> Bench:
     gauges = meters.gauges(target.device, target.trunk.devices)
     # Random weights say nothing, and so never that a text is over.
     ends = frozenset[int]() if loaded.tokenizer is None else chat.end_ids(loaded.model, loaded.tokenizer)
-    limits, load_bytes = Limits(plan.max_new_tokens, ends), gauges.allocated_bytes()
+    limits, held = Limits(plan.max_new_tokens, ends), (gauges.allocated_bytes(), gauges.rounding_bytes())
     profile = planned.profile
     redraw = None if profile is None else DrawnVerdicts(profile, plan.max_new_tokens, target.device)
-    bench = Bench(
-        job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, load_bytes, limits, redraw
-    )
+    bench = Bench(job, plan, loaded, target, decoder, sampler, prompts, gauges, program_bytes, *held, limits, redraw)
     bench.warm_up()
     bench.refuse_beyond_budget()
     return bench

@@ -48,6 +48,14 @@ def test_a_peak_is_the_sum_of_what_was_measured_apart() -> None:
     assert told.adds_up
 
 
+def test_what_blocks_are_larger_than_their_tensors_is_slack_within_the_peak() -> None:
+    told = attribute(msgspec.structs.replace(ACCELERATOR, rounding_bytes=8 * MIB))
+    assert told is not None
+    assert told.unattributed_bytes == 2 * MIB
+    assert told.parts["slack"] == 108 * MIB
+    assert sum(told.parts.values()) + told.unattributed_bytes == ACCELERATOR.peak_reserved_bytes
+
+
 @given(st.integers(-200, 200))
 def test_tensors_that_nobody_counted_are_unattributed_and_two_percent_is_the_most(uncounted: int) -> None:
     told = attribute(msgspec.structs.replace(ACCELERATOR, weights_bytes=(800 - uncounted) * MIB))
@@ -187,3 +195,16 @@ def test_a_throttled_run_is_a_warning_and_an_idle_one_is_not() -> None:
     lines = warnings(run(*trials), summary(run(*trials)))
     assert [line for line in lines if "throttled around 1 of 2 trials (sw_thermal_slowdown)" in line]
     assert not [line for line in warnings(run(trials[1]), summary(run(trials[1]))) if "throttled" in line]
+
+
+@pytest.mark.parametrize("asked", [None, 5 * MIB])
+def test_the_allocator_says_what_its_blocks_are_larger(asked: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"allocated_bytes.all.current": 7 * MIB}
+    if asked is not None:
+        stats["requested_bytes.all.current"] = asked
+    monkeypatch.setattr(
+        torch, "accelerator", SimpleNamespace(memory=SimpleNamespace(memory_stats=lambda device: stats))
+    )
+    monkeypatch.setattr(meters.Nvml, "find", lambda device: None)
+    gauges = meters.gauges(torch.device("cuda:0"))
+    assert gauges.rounding_bytes() == (None if asked is None else 2 * MIB)
