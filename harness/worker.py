@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
+import re
 import statistics
 import sys
 import time
@@ -136,10 +137,17 @@ def diagnose(error: Exception) -> tuple[Outcome, str]:
     if isinstance(error, UserError):
         return "unsupported", text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "oom", text.partition("\n")[0] or "out of memory"
+        return "oom", _brief(text.partition("\n")[0]) or "out of memory"
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     return "error", f"{type(error).__name__}: {text} (at {where})"
+
+
+def _brief(said: str) -> str:
+    """What was asked for and what was allowed, of all that CUDA's allocator says."""
+    tried, gpu, rest = said.partition(" GPU ")
+    allowed = re.search(r"[\d.]+ [KMGT]iB allowed", rest)
+    return f"{tried} {allowed[0]}." if gpu and allowed else tried
 
 
 # --- one cell, loaded ------------------------------------------------------------------------------------------------

@@ -391,6 +391,14 @@ def test_running_out_of_memory_is_told_from_a_bug() -> None:
         "oom",
         "CUDA out of memory. Tried 80 GiB",
     )
+    capped = (
+        "CUDA out of memory. Tried to allocate 86.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 129.23 GiB "
+        "is free. Including non-PyTorch memory, this process has 10.56 GiB memory in use. 10.00 GiB allowed; Of the"
+    )
+    assert worker.diagnose(torch.OutOfMemoryError(capped)) == (
+        "oom",
+        "CUDA out of memory. Tried to allocate 86.00 MiB. 10.00 GiB allowed.",
+    )
     assert worker.diagnose(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"))[0] == "oom"
     assert worker.diagnose(UserError("choose 3")) == ("unsupported", "choose 3")
     try:
