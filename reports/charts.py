@@ -290,7 +290,10 @@ def stack(bars: Mapping[str, Parts], title: str) -> Layered | None:
     data["middle"] = (data["from"] + data["to"]) / 2
     scale = alt.Scale(domain=[0, longest], nice=False)
     x = alt.X("from:Q", title=title, scale=scale, axis=alt.Axis(tickCount=8))
-    y = alt.Y("bar:N", title=None, sort=list(bars), axis=alt.Axis(labelLimit=260, ticks=False, domain=False))
+    # As wide as a wide font would make the names: the page's own may not be installed.
+    names_px = min(260, max(text_width(bar) for bar in bars))
+    axis = alt.Axis(labelLimit=260, minExtent=names_px, ticks=False, domain=False)
+    y = alt.Y("bar:N", title=None, sort=list(bars), axis=axis)
     colors = alt.Scale(domain=kinds, range=[PARTS[index % len(PARTS)] for index in range(len(kinds))])
     base = alt.Chart(data)
     whole = base.mark_bar(stroke=PAPER, strokeWidth=1, height=BAR_PX - 8).encode(

@@ -194,13 +194,8 @@ def _changed(one: Quality) -> str:
 def scatter_line(rows: Sequence[Row]) -> str:
     if inflated(rows):
         return "Memory does not add up (see the warnings): points lie too far to the right by what is unattributed."
-    many, on_front = len(grouped(rows)) > 1, pareto(rows)
-    front = [
-        plain(row.cell.label) + f" in {target}" * many
-        for target, group in grouped(rows)
-        for row in group
-        if row.cell.id in on_front
-    ]
+    names, on_front = named(rows), pareto(rows)
+    front = [names[row.cell.id] for _, group in grouped(rows) for row in group if row.cell.id in on_front]
     placed = [(row, target) for target, group in grouped(rows) for row in group if row.tokens_per_second_per_gib]
     densest, densest_target = max(placed, key=lambda pair: pair[0].tokens_per_second_per_gib or 0)
     fastest, fastest_target = max(placed, key=lambda pair: pair[0].decode_tokens_per_second or 0)
@@ -213,12 +208,20 @@ def scatter_line(rows: Sequence[Row]) -> str:
     )
 
 
+def named(rows: Sequence[Row]) -> dict[str, str]:
+    """What to call each cell: by its label, and its target where there are several."""
+    groups = grouped(rows)
+    several = len(groups) > 1
+    return {row.cell.id: plain(row.cell.label) + f" in {target}" * several for target, group in groups for row in group}
+
+
 def tau_line(rows: Sequence[Row]) -> str:
+    names = named(rows)
     each = [(row.break_even_tau, row) for row in rows if row.break_even_tau is not None]
-    lost = [plain(row.cell.label) for cost, row in each if row.tau and row.tau < cost]
+    lost = [names[row.cell.id] for cost, row in each if row.tau and row.tau < cost]
     (least, cheap), (most, dear) = (pick(each, key=lambda pair: pair[0]) for pick in (min, max))
-    text = f"A pass of {plain(cheap.cell.label)} costs {times(least)} a pass of plain decoding"
-    text += f", of {plain(dear.cell.label)} {times(most)}" * (cheap is not dear)
+    text = f"A pass of {names[cheap.cell.id]} costs {times(least)} a pass of plain decoding"
+    text += f", of {names[dear.cell.id]} {times(most)}" * (cheap is not dear)
     text += ": what τ must exceed. "
     if not lost:
         return f"{text}All are above break-even."
@@ -237,23 +240,26 @@ def memory_line(bars: Mapping[str, Parts]) -> str:
     most, bar = max((parts.get("drafter", 0.0), bar) for bar, parts in bars.items())
     if not most:
         return "Nothing here has a drafter of its own in memory."
-    return f"The largest drafter is {bar}'s, {number(most, 3)} of {number(sum(bars[bar].values()), 3)} GiB."
+    peak = sum(size for name, size in bars[bar].items() if name != "slack")
+    return f"The largest drafter is {bar}'s, {number(most, 3)} of {number(peak, 3)} GiB."
 
 
 def acceptance_line(rows: Sequence[Row]) -> str:
+    names = named(rows)
     first = [(row.acceptance[0].probability or 0.0, row) for row in rows if row.acceptance]
     (high, best), (low, worst) = (pick(first, key=lambda pair: pair[0]) for pick in (max, min))
-    text = f"The first drafted token of {plain(best.cell.label)} is accepted in {100 * high:.0f} % of its passes"
-    return f"{text}, of {plain(worst.cell.label)} in {100 * low:.0f} %." if best is not worst else f"{text}."
+    text = f"The first drafted token of {names[best.cell.id]} is accepted in {100 * high:.0f} % of its passes"
+    return f"{text}, of {names[worst.cell.id]} in {100 * low:.0f} %." if best is not worst else f"{text}."
 
 
 def category_line(rows: Sequence[Row]) -> str:
+    names = named(rows)
     each = [(part.speedup.value, part.category, row) for row in rows for part in row.speedup_by_category]
     (high, best, winner), (low, worst, loser) = (pick(each, key=lambda part: part[0]) for pick in (max, min))
     slower = sum(value < 1 for value, _, _ in each)
     return (
-        f"Highest: {plain(winner.cell.label)} on {plain(best)}, {times(high)}; "
-        f"lowest: {plain(loser.cell.label)} on {plain(worst)}, {times(low)}. "
+        f"Highest: {names[winner.cell.id]} on {plain(best)}, {times(high)}; "
+        f"lowest: {names[loser.cell.id]} on {plain(worst)}, {times(low)}. "
         f"{slower} of {len(each)} pairs of method and category are slower than plain decoding."
     )
 

@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.metrics import GIB, summary
 from harness.results import Cell, Memory, Run, Training, Trial
 from harness.stats import PROMPTS_LIKE_THESE
-from reports import charts, draw, parts, tables, texts
+from reports import charts, draw, parts, tables, texts, words
 from reports.page import render, write
 from reports.tables import markdown, rich_table, table
 from reports.texts import token_view
@@ -445,6 +445,21 @@ def test_parts_of_memory_are_those_of_the_peak() -> None:
         "unattributed": 0.25,
     }
     assert parts.memory(summary(run(trial(cell("s3d"))))[0]) is None
+
+
+def test_a_peak_has_no_slack_and_every_part_a_colour_of_its_own() -> None:
+    held = {"weights": 2.0, "drafter": 0.5, "KV cache": 0.25, "graphs": 0.1, "activations, workspace": 0.1}
+    assert words.memory_line({"eagle": held | {"slack": 1.0}}) == "The largest drafter is eagle's, 0.500 of 2.950 GiB."
+    assert len(set(draw.PARTS)) == len({*held, "slack", "unattributed"})
+
+
+def test_a_sentence_about_several_targets_says_which_it_means() -> None:
+    pace = {("ar", "16"): 0.1, ("s3d", "16"): 0.11, ("ar", "nf4"): 0.1, ("s3d", "nf4"): 0.3}
+    told = [trial(cell(name, bits=bits), [1 if name == "ar" else 2] * 4, at) for (name, bits), at in pace.items()]
+    line = words.tau_line(summary(run(*told)))
+    assert "A pass of s3d in 16 bits costs 1.10" in line
+    assert line.endswith(" s3d in 4 bits (nf4) put fewer tokens in the text per pass than a pass costs, and lose.")
+    assert "A pass of s3d costs" in words.tau_line(summary(run(*told[:2])))
 
 
 def test_a_run_that_took_nothing_apart_has_no_section_for_it() -> None:
