@@ -1,7 +1,8 @@
 """Decoder layers of Llama's form in fewer kernels, for short forwards at fixed addresses.
 
 Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
-model's own: joined ones lie one after another in memory, and the model's own layers look at their parts, until `apart`.
+model's own: joined ones lie one after another in memory, and the model's own layers look at their parts (plain ones
+until `apart`).
 In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once less.
 """
 

@@ -57,8 +57,11 @@ def main() -> None:
             emit(started(job, plan))
         loaded = None
         if place and (bench is None or bench.job.cell != job.cell):  # None where the cell before could not be set up
-            loaded, bench = None if bench is None else bench.lend(job), None
+            loaded, joined = (None, False) if bench is None else (bench.lend(job), bench.target.runtime.joins)
+            bench = None
             free()
+            if loaded is not None and joined:  # only now: what joined the weights holds them
+                apart(loaded.model)
         try:
             bench = work(job, plan, emit, bench, loaded)
         except CaptureError as error:
@@ -144,10 +147,10 @@ def diagnose(error: Exception) -> tuple[Outcome, str]:
 
 
 def _brief(said: str) -> str:
-    """What was asked for and what was allowed, of all that CUDA's allocator says."""
+    """Of all that CUDA's allocator says under a budget: what was asked for and what was allowed."""
     tried, gpu, rest = said.partition(" GPU ")
     allowed = re.search(r"[\d.]+ [KMGT]iB allowed", rest)
-    return f"{tried} {allowed[0]}." if gpu and allowed else tried
+    return f"{tried} {allowed[0]}." if gpu and allowed else said
 
 
 # --- one cell, loaded ------------------------------------------------------------------------------------------------
@@ -249,11 +252,8 @@ class Bench:
     def lend(self, job: Job) -> LoadedModel | None:
         """The target for another cell, where that wants the same."""
         cell, other = (self.plan.cells[each.cell].cell for each in (self.job, job))
-        if job.source != self.job.source or (cell.bits, cell.dtype) != (other.bits, other.dtype):
-            return None
-        if self.target.runtime.joins:
-            apart(self.loaded.model)
-        return self.loaded
+        same = job.source == self.job.source and (cell.bits, cell.dtype) == (other.bits, other.dtype)
+        return self.loaded if same else None
 
     def _seed(self, turn: Turn) -> None:
         assert self.sampler.generator is not None

@@ -17,7 +17,7 @@ INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 SERIES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 SHAPES = ["circle", "square", "triangle-up", "diamond"]
 GLYPHS = ["●", "■", "▲", "◆"]
-PARTS = ["#2a6fbb", "#f2b84b", "#b5522b", "#8fd0c0", "#7a5195", "#c9ced4", "#414952"]
+PARTS = ["#2a6fbb", "#f2b84b", "#b5522b", "#8fd0c0", "#7a5195", "#c9ced4", "#69737e"]
 "dark and light take turns"
 ON_PART = ["#fefefe", "#16181c"]
 "of a name inside a part: on a dark one, on a light one"

@@ -269,7 +269,7 @@ def training_line(training: Sequence[Training], rows: Sequence[Row]) -> str:
     gains = [(row.speedup.value, row) for row in rows if row.speedup and row.cell.method in paid]
     gain, best = max(gains, key=lambda pair: pair[0])
     cheapest = min(paid, key=lambda name: paid[name])
-    label = plain(best.cell.label)
+    label = named(rows)[best.cell.id]
     leads = f"{label} gains most" if gain > 1 else f"No trained drafter gains here; {label} comes nearest"
     text = f"{leads}, {times(gain)}, after {paid[best.cell.method]:,.0f} s of training"
     if cheapest == best.cell.method:

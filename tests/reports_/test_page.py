@@ -451,6 +451,10 @@ def test_a_peak_has_no_slack_and_every_part_a_colour_of_its_own() -> None:
     held = {"weights": 2.0, "drafter": 0.5, "KV cache": 0.25, "graphs": 0.1, "activations, workspace": 0.1}
     assert words.memory_line({"eagle": held | {"slack": 1.0}}) == "The largest drafter is eagle's, 0.500 of 2.950 GiB."
     assert len(set(draw.PARTS)) == len({*held, "slack", "unattributed"})
+    sheet = (Path(charts.__file__).parent / "page.css").read_text()
+    for index, color in enumerate(draw.PARTS):
+        assert f"--p{index}: {color};" in sheet
+        assert f".p{index} {{ color: var(--p{index}); }}" in sheet
 
 
 def test_a_sentence_about_several_targets_says_which_it_means() -> None:
