@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -228,9 +229,14 @@ class Target:
                     do_sample=False,
                     eos_token_id=ends or None,
                     pad_token_id=ends[0] if ends else 0,
-                    **({} if cache is None else {"past_key_values": cache}),
+                    **({} if cache is None else {cache_name(model): cache}),
                 )
             finally:
                 model.generation_config = advised
         new_tokens: list[int] = out_1T[0, len(prompt) :].tolist()
         return new_tokens
+
+
+def cache_name(model: Any) -> str:
+    """What transformers calls a model's cache: it was renamed."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
