@@ -61,6 +61,23 @@ def constant_chance(tau: float, depths: int) -> float | None:
     return high
 
 
+def even_chance(tau: float, passes: Mapping[int, int]) -> float | None:
+    """The chance at every depth that gives `tau` over passes by the depth that they draft; None where none does."""
+    count = sum(passes.values())
+    deepest = max(passes, default=0)
+
+    def given(chance: float) -> float:
+        return sum(many * expected_tau([chance] * depth) for depth, many in passes.items()) / count
+
+    if not deepest or given(1.0) < tau:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if given(middle) < tau else (low, middle)
+    return high
+
+
 class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
     """What `--acceptance` says, for each method."""
 

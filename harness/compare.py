@@ -124,7 +124,7 @@ class Context:
         return lines
 
     def cell(self, id: str) -> CellComparison:
-        sides = [side.good[side.good.cell == id] for side in (self.base, self.new)]
+        sides = [side.good[(side.good.cell == id) & (side.good.decode_tokens > 0)] for side in (self.base, self.new)]
         turns = [set(zip(side.prompt_id, side.turn, strict=True)) for side in sides]
         common = turns[0] & turns[1] if self.same_prompts else None
         found = [Own(side, id, common) for side in (self.base, self.new)]
@@ -152,11 +152,14 @@ class Context:
         else:
             rates = (new.per_round(name), base.per_round(name))
             interval = change_between_rounds(*rates, ratio)
-        reason = "give both sides two rounds or more" if interval.low is None else None
+        needs = "the same prompts and limits" if name == "held_bytes" else "two rounds or more"
+        reason = f"give both sides {needs}" if interval.low is None else None
         return Change(name, values[0], values[1], interval, reason)
 
     def _deterministic(self, name: str, ratio: float, base: Own, new: Own) -> Interval:
         """Exact where nothing but the program can have changed it; else as sure as the prompts are many."""
+        if name == "held_bytes" and not self.same_prompts:  # the cache follows the longest prompt
+            return Interval(ratio, None, None, EXACT)
         if name == "held_bytes" or self.fingerprint:
             return Interval(ratio, ratio, ratio, EXACT)
         if self.same_prompts:

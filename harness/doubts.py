@@ -21,7 +21,8 @@ FEWEST_ROUNDS_FOR_DRIFT = 3
 SLOW_FIRST = 1.10
 UNEVEN_STEPS = 1.5
 "p95 over p50 of the baseline's steps"
-NOISY_SPREAD = 0.05
+NOISY = 0.035
+"standard deviation of the baseline's speed over rounds: two that differ by 5 %"
 REPEATED = 0.2
 FEWEST_STEPS = 20
 
@@ -31,7 +32,16 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     good = [trial for trial in run.rows if trial.outcome == "ok"]
     baselines = [row for row in rows if row.is_baseline]
     found = (drift(rows), uneven(baselines), control(rows), unaccounted(rows), unattributed(rows))
-    return [line for each in (*found, first_trials(good), warm_up(good), repeats(baselines)) for line in each]
+    starts = good if run.manifest.isolation == "round" else _first_rounds(good)
+    return [line for each in (*found, first_trials(starts), warm_up(good), repeats(baselines)) for line in each]
+
+
+def _first_rounds(good: Sequence[Trial]) -> list[Trial]:
+    """Of every cell, the round with which its process began, where later ones share it."""
+    first: dict[str, int] = {}
+    for trial in good:
+        first[trial.cell.id] = min(first.get(trial.cell.id, trial.round), trial.round)
+    return [trial for trial in good if trial.round == first[trial.cell.id]]
 
 
 def drift(rows: Sequence[Row]) -> Iterator[str]:
@@ -71,10 +81,10 @@ def control(rows: Sequence[Row]) -> Iterator[str]:
                 f"{label} against itself is {one.ratio.value:.2f}, surely not 1, which chance does in one run of 20: "
                 "differences of this size mean nothing here. Look for what changes between rounds."
             )
-        elif one.spread > NOISY_SPREAD:
+        elif one.noise is not None and one.noise > NOISY:
             yield (
-                f"Rounds of {label} differ by up to {one.spread:.0%} in speed: too noisy to rank methods that are "
-                "closer. Close other programs, or add rounds."
+                f"Rounds of {label} vary by {one.noise:.0%} in speed (standard deviation; they differ by up to "
+                f"{one.spread:.0%}): close other programs, and let more rounds make up for it."
             )
 
 
@@ -111,23 +121,25 @@ def first_trials(good: Sequence[Trial]) -> Iterator[str]:
         if trial.cell.method == BASELINE:
             processes.setdefault((trial.cell.id, trial.round), []).append(trial)
     slow: dict[str, list[float]] = {}
-    for trials in processes.values():
+    labels: dict[str, str] = {}
+    for (id, _), trials in processes.items():
         steps = [statistics.median(trial.round_seconds) for trial in trials if trial.round_seconds]
         if len(steps) > 2:
-            slow.setdefault(trials[0].cell.label, []).append(steps[0] / statistics.median(steps[1:]))
-    worst = max(slow, key=lambda label: statistics.median(slow[label]), default=None)
+            slow.setdefault(id, []).append(steps[0] / statistics.median(steps[1:]))
+            labels[id] = trials[0].cell.label
+    worst = max(slow, key=lambda id: statistics.median(slow[id]), default=None)
     if worst is not None and (times := statistics.median(slow[worst])) > SLOW_FIRST:
         yield (
-            f"The first trial of a process is slow ({worst}: a step takes {times - 1:.0%} more than in the others): "
-            "the warm-up was too short. Add prompts, so that it weighs less."
+            f"The first trial of a process is slow ({labels[worst]}: a step takes {times - 1:.0%} more than in the "
+            "others): the warm-up was too short. Add prompts, so that it weighs less."
         )
 
 
 def warm_up(good: Sequence[Trial]) -> Iterator[str]:
     """Processes whose steps still became faster as their first trial began."""
-    restless = {(t.cell.label, t.round): t.warm_up_passes or 0 for t in good if t.warm_up_settled is False}
+    restless = {(t.cell.id, t.round): t.warm_up_passes or 0 for t in good if t.warm_up_settled is False}
     if restless:
-        labels = ", ".join(dict.fromkeys(label for label, _ in restless))
+        labels = ", ".join(dict.fromkeys(t.cell.label for t in good if t.warm_up_settled is False))
         yield (
             f"{labels}: in {len(restless)} process{'es' * (len(restless) != 1)} steps still became faster after a "
             f"warm-up of {max(restless.values())} short texts: first trials may be slow. Add prompts, so that they "

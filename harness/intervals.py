@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from statistics import geometric_mean
+from math import log
+from statistics import geometric_mean, stdev
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ import pandas as pd
 
 from harness.metrics import GIB, Row, trial_frame
 from harness.results import BASELINE, Cell, Run
-from harness.stats import Interval, Ratio, bootstrap_over_prompts, change_between_rounds, ratio_interval_over_rounds
+from harness.stats import (
+    Interval,
+    Ratio,
+    bootstrap_over_prompts,
+    change_between_rounds,
+    ratio_interval_over_rounds,
+    standings,
+)
 
 Column = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,6 +91,12 @@ class Samples:
     def keys(self) -> Iterator[tuple[str, int, int]]:
         return zip(self.prompt.tolist(), self.turn.tolist(), self.round.tolist(), strict=True)
 
+    def turns(self) -> list[int]:
+        """A number for each entry, the same for those of the same turn of the same prompt."""
+        numbers: dict[tuple[str, int], int] = {}
+        both = zip(self.prompt.tolist(), self.turn.tolist(), strict=True)
+        return [numbers.setdefault(turn, len(numbers)) for turn in both]
+
     def held(self) -> Samples:
         """Seconds times the peak of their round in GiB: tokens over these are a speed per GiB."""
         rounds, code = np.unique(self.round, return_inverse=True)
@@ -112,7 +126,8 @@ def _figures(own: Samples, base: Samples | None) -> Figures:
         return found
     found["speedup"] = _against(own, base)
     if own.knows_memory and base.knows_memory:
-        found["per_gib_relative"] = _against(own.held(), base.held())
+        mine, theirs = own.paired(base)
+        found["per_gib_relative"] = _against(mine.held(), theirs.held())
     return found
 
 
@@ -122,13 +137,16 @@ def _against(own: Samples, base: Samples) -> Both:
         (_sums(unit, mine.tokens, mine.seconds), _sums(unit, theirs.tokens, theirs.seconds))
         for unit in (mine.round, mine.prompt)
     )
-    return Both(ratio_interval_over_rounds(*rounds), bootstrap_over_prompts(*prompts))
+    sides = (Ratio(side.tokens.tolist(), side.seconds.tolist()) for side in (mine, theirs))
+    standing = standings(mine.round.tolist(), mine.turns(), *sides)
+    return Both(ratio_interval_over_rounds(*rounds, standing=standing), bootstrap_over_prompts(*prompts))
 
 
 def _rate(own: Samples, amount: Column, per: Column) -> Both:
     rounds, prompts = (_sums(unit, amount, per) for unit in (own.round, own.prompt))
+    standing = standings(own.round.tolist(), own.turns(), Ratio(amount.tolist(), per.tolist()))
     return Both(
-        ratio_interval_over_rounds(rounds, [1.0] * len(rounds.amount)),
+        ratio_interval_over_rounds(rounds, [1.0] * len(rounds.amount), standing=standing),
         bootstrap_over_prompts(prompts, [1.0] * len(prompts.amount)),
     )
 
@@ -165,6 +183,11 @@ class Control:
     @property
     def spread(self) -> float:
         return max(self.speeds) / min(self.speeds) - 1
+
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of the rounds' log speeds, which more rounds do not raise; None for one round."""
+        return stdev(map(log, self.speeds)) if len(self.speeds) > 1 else None
 
     @property
     def holds(self) -> bool | None:

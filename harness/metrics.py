@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from harness.acceptance import constant_chance
+from harness.acceptance import even_chance
 from harness.decomposition import RoundCost, floor_share, round_cost
 from harness.memory import Attribution, attribute
 from harness.results import BASELINE, Cell, Memory, Roofline, Run, Trial, refuse_mixture
-from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds
+from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds, standings
 
 GIB = 2**30
 REPEAT_NGRAM = 9
@@ -384,12 +384,12 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
     if base is None or own.cell.method == BASELINE or (pairs := pairs_of(own.good, base.good)).empty:
         return {"baseline": base.cell.id if base else None}
     by_round = sides_by(pairs, "round")
-    speedup = ratio_interval_over_rounds(*by_round)
+    speedup = speedup_over_rounds(pairs)
     step = _sum_ratio(pairs.decode_seconds_base, pairs.verify_passes_base)
     round_ = _sum_ratio(pairs.decode_seconds, pairs.verify_passes)
     break_even = round_ / step if round_ and step else None
-    peak, base_peak = own.peak_bytes, base.peak_bytes
-    memory = (peak, base_peak) if peak is not None and base_peak is not None else None
+    peaks = [_present(pairs[name].max()) for name in ("peak_bytes", "peak_bytes_base")]
+    memory = (peaks[0], peaks[1]) if peaks[0] and peaks[1] else None
     extra_speed, extra_bytes = by_round[0].value - by_round[1].value, memory[0] - memory[1] if memory else 0
     return {
         "baseline": base.cell.id,
@@ -400,7 +400,7 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
             CategorySpeedup(
                 category=str(category),
                 prompts=part.prompt_id.nunique(),
-                speedup=ratio_interval_over_rounds(*sides_by(part, "round")),
+                speedup=speedup_over_rounds(part),
             )
             for category, part in pairs.groupby("category", sort=False)
         ),
@@ -414,12 +414,8 @@ def _against(own: Measured, base: Measured | None) -> dict[str, Any]:
 
 
 def _chance(tau: float | None, trials: Iterable[Trial]) -> float | None:
-    """The constant chance that gives `tau` over the depth drafted on average; None where no chance does."""
-    depths = [depth for trial in trials for depth in trial.drafted_depth or ()]
-    if tau is None or not depths:
-        return None
-    depth = round(statistics.fmean(depths))
-    return constant_chance(tau, depth) if tau <= depth + 1 else None
+    """The chance, the same at every depth, that gives `tau` over the depths that were drafted; None where none does."""
+    return None if tau is None else even_chance(tau, Counter(d for trial in trials for d in trial.drafted_depth or ()))
 
 
 def acceptance_by_depth(trials: Iterable[Trial]) -> tuple[DepthAcceptance, ...]:
@@ -559,7 +555,8 @@ def fresh(committed: Sequence[int], marks_T: Sequence[bool]) -> tuple[int, int]:
 
 def pairs_of(good: pd.DataFrame, base_good: pd.DataFrame) -> pd.DataFrame:
     """Good trials of both sides of the same prompt, turn and round, where something was decoded."""
-    keys, values = ["prompt_id", "turn", "round"], ["decode_tokens", "decode_seconds", "verify_passes"]
+    keys = ["prompt_id", "turn", "round"]
+    values = ["decode_tokens", "decode_seconds", "verify_passes", "peak_bytes"]
     own, base = (side[(side.decode_tokens > 0) & (side.decode_seconds > 0)] for side in (good, base_good))
     return own[[*keys, "category", *values]].merge(base[[*keys, *values]], on=keys, suffixes=("", "_base"))
 
@@ -572,6 +569,24 @@ def sides_by(pairs: pd.DataFrame, by: str) -> tuple[Ratio, Ratio]:
         np.bincount(code, weights=pairs[name].to_numpy(float)).tolist() for name in names
     )
     return Ratio(tokens, seconds), Ratio(base_tokens, base_seconds)
+
+
+def speedup_over_rounds(pairs: pd.DataFrame) -> Interval:
+    """A round that lacks turns counts as what it says of those it has."""
+    return ratio_interval_over_rounds(*sides_by(pairs, "round"), standing=standings_of(pairs))
+
+
+def standings_of(pairs: pd.DataFrame) -> list[float]:
+    """Of the rounds of pairs, by their turns."""
+    own = Ratio(pairs.decode_tokens.tolist(), pairs.decode_seconds.tolist())
+    base = Ratio(pairs.decode_tokens_base.tolist(), pairs.decode_seconds_base.tolist())
+    return standings(pairs["round"].tolist(), turn_numbers(pairs), own, base)
+
+
+def turn_numbers(frame: pd.DataFrame) -> list[int]:
+    """A number for each trial, the same for trials of the same turn of the same prompt."""
+    numbers: list[int] = frame.groupby(["prompt_id", "turn"], sort=False).ngroup().tolist()
+    return numbers
 
 
 def _ranked(rows: list[Row]) -> list[Row]:
@@ -659,9 +674,16 @@ def _sum_ratio(amount: pd.Series[float], per: pd.Series[float]) -> float | None:
 
 
 def _speed_by_round(good: pd.DataFrame) -> dict[int, float]:
-    sums = good.groupby("round")[["decode_tokens", "decode_seconds"]].sum()
-    speeds = _rate(sums.decode_tokens, sums.decode_seconds).dropna()
-    return dict(zip(map(int, speeds.index), map(float, speeds), strict=True))
+    """As fast as each round was on the turns it has, against all rounds on these."""
+    some = good[(good.decode_tokens > 0) & (good.decode_seconds > 0)]
+    if some.empty:
+        return {}
+    sums = some.groupby("round")[["decode_tokens", "decode_seconds"]].sum()
+    speeds = sums.decode_tokens / sums.decode_seconds
+    own = Ratio(some.decode_tokens.tolist(), some.decode_seconds.tolist())
+    standing = standings(some["round"].tolist(), turn_numbers(some), own)
+    evened = speeds.to_numpy(float) / standing
+    return dict(zip(map(int, speeds.index), evened.tolist(), strict=True))
 
 
 def _per_prompt(frame: pd.DataFrame, amount: str, per: str) -> pd.Series[float]:

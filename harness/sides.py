@@ -10,9 +10,9 @@ import pandas as pd
 
 from harness import metrics
 from harness.decomposition import quiet_pass_seconds
-from harness.metrics import Row, pairs_of, sides_by, trial_frame
+from harness.metrics import Row, pairs_of, sides_by, standings_of, trial_frame, turn_numbers
 from harness.results import BASELINE, Cell, Run, Trial
-from harness.stats import Ratio, ratio_interval_over_rounds
+from harness.stats import Ratio, standings
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,11 @@ class Own:
     def _relative(self, name: str) -> float | None:
         if self.pairs.empty or self.side.cells[self.id].method == BASELINE:
             return None
-        speedup = ratio_interval_over_rounds(*sides_by(self.pairs, "round")).value
+        own, base = sides_by(self.pairs, "round")
+        speedup = own.value / base.value
         if name == "speedup":
             return speedup
-        peaks = [_known(frame.peak_bytes.max()) for frame in (self.good, self._baseline())]
+        peaks = [_known(self.pairs[of].max()) for of in ("peak_bytes", "peak_bytes_base")]
         return speedup * peaks[1] / peaks[0] if peaks[0] and peaks[1] else None
 
     def _baseline(self) -> pd.DataFrame:
@@ -168,24 +169,28 @@ class Own:
             case "pass_cost":
                 return self._pass_costs
             case "per_gib":
-                peaks = [frame.groupby("round").peak_bytes.max() for frame in (self._baseline(), self.good)]
-                share = (peaks[0] / peaks[1]).dropna()
-                rounds = sorted(set(self.pairs["round"]) & set(share.index))
+                peaks = self.pairs.groupby("round")[["peak_bytes_base", "peak_bytes"]].max()
+                share = (peaks.peak_bytes_base / peaks.peak_bytes).dropna()
                 speedups = dict(zip(sorted(set(self.pairs["round"])), self._speedups(), strict=True))
-                return [speedups[each] * float(share[each]) for each in rounds]
+                return [speedups[round] * float(relative) for round, relative in share.items()]
         return [float(value) for value in self.good.groupby("round")[name].max().dropna()]
 
     def _speedups(self) -> list[float]:
         own, base = sides_by(self.pairs, "round")
-        columns = zip(own.amount, own.per, base.amount, base.per, strict=True)
+        columns = zip(own.amount, own.per, base.amount, base.per, standings_of(self.pairs), strict=True)
         return [
-            (tokens / seconds) / (base_tokens / base_seconds) for tokens, seconds, base_tokens, base_seconds in columns
+            (tokens / seconds) / (base_tokens / base_seconds) / standing
+            for tokens, seconds, base_tokens, base_seconds, standing in columns
         ]
 
     def _rates(self, amount: str, per: str) -> list[float]:
-        sums = self.good.groupby("round")[[amount, per]].sum()
-        sums = sums[(sums[amount] > 0) & (sums[per] > 0)]
-        return [float(rate) for rate in sums[amount] / sums[per]]
+        some = self.good[(self.good[amount] > 0) & (self.good[per] > 0)]
+        if some.empty:
+            return []
+        sums = some.groupby("round")[[amount, per]].sum()
+        both = Ratio(some[amount].tolist(), some[per].tolist())
+        standing = standings(some["round"].tolist(), turn_numbers(some), both)
+        return [float(rate) / share for rate, share in zip(sums[amount] / sums[per], standing, strict=True)]
 
     @cached_property
     def tau_by_prompt(self) -> Ratio:

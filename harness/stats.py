@@ -56,20 +56,47 @@ def ratio_interval_over_rounds(
     numerator_per_round: Sequence[float] | Ratio,
     denominator_per_round: Sequence[float] | Ratio,
     confidence: float = 0.95,
+    standing: Sequence[float] | None = None,
 ) -> Interval:
     """Ratio of sums, with a Student-t interval over the per-round log ratios; one round gives no interval.
 
     Either side may be a `Ratio`, one sample a round: two of them give a speed-up. All sums must be positive. The
     interval is centred, on the log scale, at the ratio of sums, so it always holds the value that it belongs to.
+    `standing` is that of `standings`, where rounds may lack items.
     """
     over, under = _columns(numerator_per_round, denominator_per_round)
     value = _ratio(over, under)
     logs_R = np.log(over[0] / over[1] / (under[0] / under[1]))
+    if standing is not None:
+        logs_R = logs_R - np.log(np.asarray(standing, float))
     if len(logs_R) < 2:
         return Interval(value, None, None, THESE_PROMPTS)
     error = float(logs_R.std(ddof=1)) / math.sqrt(len(logs_R))
     half = _quantile(confidence, len(logs_R) - 1) * error
     return Interval(value, value * math.exp(-half), value * math.exp(half), THESE_PROMPTS)
+
+
+def standings(rounds: Sequence[Any], items: Sequence[int], over: Ratio, under: Ratio | None = None) -> list[float]:
+    """For each round, ascending, the ratio that a usual round has on the items that this one has, relative to all.
+
+    1 for a round that has every item. What a round cut short says is its ratio over this: else it would be another
+    figure because it is of other prompts. One entry a trial in every argument; items are numbered from 0, and a usual
+    round has of each the mean over the rounds that have it.
+    """
+    _, round_ = np.unique(np.asarray(rounds), return_inverse=True)
+    item = np.asarray(items, int)
+    has_RI = np.zeros((round_.max() + 1, item.max() + 1))
+    has_RI[round_, item] = 1
+    if has_RI.all():
+        return [1.0] * len(has_RI)
+    one = np.ones(len(item))
+    columns = (over.amount, over.per, *((one, one) if under is None else (under.amount, under.per)))
+    usual_4I = [np.bincount(item, weights=np.asarray(each, float)) / np.bincount(item) for each in columns]
+    sums_4R = [has_RI @ usual_I for usual_I in usual_4I]
+    ratio_R = sums_4R[0] / sums_4R[1] / (sums_4R[2] / sums_4R[3])
+    whole = [float(usual_I.sum()) for usual_I in usual_4I]
+    found: list[float] = (ratio_R / (whole[0] / whole[1] / (whole[2] / whole[3]))).tolist()
+    return found
 
 
 @lru_cache(maxsize=1024)

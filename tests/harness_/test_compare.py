@@ -316,3 +316,76 @@ def test_a_torn_file_is_compared_and_said_to_be_torn(tmp_path: Path, capsys: pyt
     torn.write_bytes(torn.read_bytes()[:-100])
     assert main(["compare", base, str(torn)]) == 0
     assert "1 line of NEW could not be read" in capsys.readouterr().out
+
+
+def _without_text(run: Run, *prompts: str) -> Run:
+    """The method's answers to these prompts end with their first token, so that nothing was decoded."""
+    none: dict[str, Any] = {
+        "new_tokens": [1],
+        "round_seconds": [],
+        "drafted": [],
+        "drafted_depth": [],
+        "accepted": [],
+        "committed": [],
+    }
+    rows = [
+        msgspec.structs.replace(row, decode_seconds=0.0, **none)
+        if row.cell.method != "ar" and row.prompt_id in prompts
+        else row
+        for row in run.rows
+    ]
+    return replace(run, rows=tuple(rows))
+
+
+def test_a_turn_that_one_side_decoded_nothing_of_is_in_neither() -> None:
+    """Prompts pair by their name, also where the first token ended a text."""
+    other = {"cpu": "another"}
+    base, new = measured(passes=(3, 1, 2)), measured(passes=(3, 1, 2), host=HOST | other)
+    found = held_against(_without_text(base, "p0"), _without_text(new, "p3"), "tau<-1%")
+    assert statuses(found, "tau<-1%") == {"ok"}
+    (change,) = [cell.changes["tau"] for cell in found.cells if cell.label == "s3d"]
+    assert change.interval is not None
+    assert (change.base, change.new) == (2, 2)
+
+
+def test_memory_held_is_exact_on_the_same_prompts_only() -> None:
+    def holding(size: int, prefix: str) -> Run:
+        run = measured()
+        rows = [
+            msgspec.structs.replace(
+                row,
+                prompt_id=f"{prefix}{row.prompt_id}",
+                memory=msgspec.structs.replace(row.memory, weights_bytes=100, drafter_bytes=0, cache_bytes=size),
+            )
+            for row in run.rows
+        ]
+        facts = msgspec.structs.replace(run.manifest, prompt_set_sha256=prefix * 64)
+        return replace(run, rows=tuple(rows), manifest=facts)
+
+    gate = "held_bytes>+2%"
+    assert statuses(held_against(holding(10, "a"), holding(20, "a"), gate), gate) == {"regressed"}
+    assert statuses(held_against(holding(10, "a"), holding(20, "b"), gate), gate) == {"not judged"}
+
+
+def test_a_round_cut_short_opens_no_gate() -> None:
+    """NEW is a quarter slower in two rounds; a third was killed after a prompt that gains more than the others do."""
+
+    def runs(pace: float, rounds: Sequence[int]) -> Run:
+        trials = [
+            trial(
+                cell(name),
+                [1] * 8 if name == "ar" else [tokens] * (8 // tokens),
+                seconds,
+                round=round,
+                prompt_id=f"p{i}",
+            )
+            for round, prompts in enumerate(rounds)
+            for i in range(prompts)
+            for tokens in (4 if i < 2 else 2,)
+            for name, seconds in (("ar", 0.1 + 0.001 * round), ("s3d", 0.12 * pace))
+        ]
+        return factory.run(*trials, host=HOST, versions={"torch": "2"}, weights_sha256="1" * 64)
+
+    for rounds in ((10, 10), (10, 10, 1)):
+        found = held_against(runs(1.0, (10, 10)), runs(1.3, rounds), "speedup<-10%")
+        assert statuses(found, "speedup<-10%") == {"regressed"}, rounds

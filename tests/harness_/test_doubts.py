@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +44,15 @@ def test_drift(speeds: Sequence[float], word: str) -> None:
 
 def test_rounds_that_differ_are_too_noisy_to_rank_by() -> None:
     (line,) = raised(*quiet((1.0, 0.9, 0.98, 1.02)))
-    assert "Rounds of ar differ by up to 13% in speed" in line
-    assert "add rounds" in line
+    assert "Rounds of ar vary by 6% in speed (standard deviation; they differ by up to 13%)" in line
+    assert "more rounds" in line
+
+
+def test_more_rounds_of_the_same_noise_are_not_noisier() -> None:
+    rng = random.Random(0)
+    speeds = [math.exp(rng.gauss(0, 0.015)) for _ in range(40)]
+    assert max(speeds) / min(speeds) > 1.06
+    assert not [line for line in raised(*quiet(speeds)) if "vary by" in line]
 
 
 def test_a_baseline_that_is_not_itself() -> None:
@@ -88,3 +97,34 @@ def test_memory_that_nothing_accounts_for() -> None:
         found = raised(*quiet(memory=held))
         assert bool(found) is said
         assert all("add up in 2 of 2 rows: 100 MiB" in line and "--isolation cell" in line for line in found)
+
+
+def slow_first(**changes: Any) -> list[Trial]:
+    """Of one cell and round: the first trial takes three times as long a step as the others."""
+    return [
+        trial(
+            cell("ar", bits=changes.get("bits", "32")),
+            [1] * 12,
+            0.3 if not number else 0.1,
+            prompt_id=f"p{number}",
+            round=changes.get("round", 0),
+        )
+        for number in range(4)
+    ]
+
+
+def test_a_slow_first_trial_of_one_target_is_not_lost_among_others() -> None:
+    others = [
+        trial(cell("ar", bits=bits), [1] * 12, 0.1, prompt_id=f"p{number}")
+        for bits in ("16", "8")
+        for number in range(4)
+    ]
+    assert any("first trial of a process is slow" in line for line in raised(*slow_first(), *others))
+
+
+def test_later_rounds_of_a_shared_process_do_not_hide_its_first_trial() -> None:
+    later = [
+        trial(cell("ar"), [1] * 12, 0.1, prompt_id=f"p{number}", round=round) for round in (1, 2) for number in range(4)
+    ]
+    shared = factory.run(*slow_first(), *later, isolation="cell")
+    assert any("first trial of a process is slow" in line for line in doubts(shared, summary(shared)))

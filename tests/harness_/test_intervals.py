@@ -113,3 +113,28 @@ def test_a_baseline_whose_rounds_come_in_two_kinds_is_not_itself() -> None:
     assert control.ratio.value == pytest.approx(1 / 1.2, rel=0.01)
     (short,) = controls(summary(factory.run(*trials[:3])))
     assert (short.ratio, short.holds) == (None, None)
+
+
+def test_a_category_is_set_against_the_baseline_on_its_own_prompts() -> None:
+    trials = [
+        trial(cell(name), [committed] * 4, 0.1, prompt_id=kind, category=kind, round=round, peak_bytes=size * 2**30)
+        for round in range(2)
+        for kind, size in (("short", 1), ("long", 4))
+        for name, committed in (("ar", 1), ("s3d", 2))
+    ]
+    found = of_run(factory.run(*trials))["s3d-32-float32-base-eager-cuda"]
+    for category in (ALL, "short", "long"):
+        assert found[category]["per_gib_relative"].rounds.value == pytest.approx(2)
+
+
+def test_a_round_cut_short_does_not_widen_what_the_whole_ones_say() -> None:
+    trials = [
+        trial(cell(name), [tokens if name == "s3d" else 1] * 4, 0.1, prompt_id=f"p{tokens}", round=round)
+        for round, kinds in enumerate(((2, 4), (2, 4), (4,)))
+        for tokens in kinds
+        for name in ("ar", "s3d")
+    ]
+    found = of_run(factory.run(*trials))["s3d-32-float32-base-eager-cuda"][ALL]
+    for name in ("speed", "speedup", "per_gib", "per_gib_relative"):
+        rounds = found[name].rounds
+        assert (rounds.low, rounds.high) == (pytest.approx(rounds.value), pytest.approx(rounds.value)), name

@@ -263,3 +263,56 @@ def test_host_syncs_energy_and_percentiles() -> None:
 
 def test_rows_are_plain_data() -> None:
     assert msgspec.json.decode(msgspec.json.encode(summary(run(trial(AR), trial(S3D)))))[1]["cell"]["method"] == "s3d"
+
+
+@pytest.mark.parametrize(
+    ("depths", "tau", "chance"),
+    [([0, 10], 2.0, 0.671), ([2] * 4 + [3] * 6, 3.7, None), ([0] * 8 + [2] * 2, 1.2, 0.618), ([4] * 5, 1.0, 0.0)],
+)
+def test_the_chance_that_breaks_even_is_that_of_the_depths_that_were_drafted(
+    depths: list[int], tau: float, chance: float | None
+) -> None:
+    """A pass that drafts nothing gives nothing, and no two depths give what their mean gives."""
+    passes = len(depths)
+    method = trial(cell("s3d"), [1] * passes, 0.1 * tau, drafted=depths, drafted_depth=depths)
+    found = rows(run(trial(cell("ar"), [1] * passes, 0.1), method))["s3d"]
+    assert found.break_even_tau == pytest.approx(tau)
+    if chance is None:
+        assert found.break_even_chance is None
+    else:
+        assert found.break_even_chance == pytest.approx(chance, abs=1e-3)
+
+
+def test_running_out_of_memory_on_long_prompts_is_no_gain_in_memory() -> None:
+    """Peaks are set against each other over the trials that both sides finished."""
+    base = [trial(cell(), prompt_id=name, peak_bytes=size * GIB) for name, size in (("short", 1), ("long", 4))]
+    method = trial(cell("s3d"), [2, 2, 2], 0.1, prompt_id="short", peak_bytes=3 * GIB // 2)
+    found = rows(run(*base, method, failed(cell("s3d"), prompt_id="long")))["s3d"]
+    assert found.speedup is not None
+    assert found.speedup.value == pytest.approx(2)
+    assert found.per_gib_relative is not None
+    assert found.per_gib_relative.value == pytest.approx(2 / 1.5)
+    assert found.marginal_tokens_per_second_per_gib == pytest.approx((20 - 10) / 0.5)
+
+
+def cut_short(pace: float = 1.0) -> list[Trial]:
+    """Ten prompts of two kinds in two whole rounds without noise, and one prompt of a third."""
+    return [
+        trial(
+            cell(name), [1] * 8 if name == "ar" else [tokens] * (8 // tokens), seconds, round=round, prompt_id=f"p{i}"
+        )
+        for round in range(3)
+        for i in range(10 if round < 2 else 1)
+        for tokens in (4 if i < 2 else 2,)
+        for name, seconds in (("ar", 0.1), ("s3d", 0.12 * pace))
+    ]
+
+
+def test_a_round_cut_short_says_nothing_of_prompts_it_has_not() -> None:
+    """Its one prompt gains more than the others do, in every round alike."""
+    found = rows(run(*cut_short()))
+    speedup = found["s3d"].speedup
+    assert speedup is not None
+    assert (speedup.low, speedup.high) == (pytest.approx(speedup.value), pytest.approx(speedup.value))
+    speeds = list(found["s3d"].speed_by_round.values())
+    assert max(speeds) == pytest.approx(min(speeds))
