@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -107,6 +109,7 @@ def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, envir
             return process.wait()
         finally:
             if process.poll() is None:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started: pip, compilers
                 process.wait()
             process.stdout.close()

@@ -6,9 +6,12 @@ import errno
 import gc
 import os
 import shlex
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from harness.results import Run
 
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+STOPS = ("SIGTERM", "SIGHUP")
 WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 app = App(
@@ -39,7 +43,8 @@ app = App(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit status. A user's mistake is one line on stderr, a bug keeps its traceback."""
     try:
-        result = app(arguments, exit_on_error=False, print_error=False)
+        with _stoppable():
+            result = app(arguments, exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         print("harness:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -56,6 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("harness:", stop if str(stop) else "interrupted", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A polite request to end, or a closed terminal, is what Ctrl-C is: children are stopped, and a run can go on."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield
+        return
+    before = {number: signal.signal(number, stop) for name in STOPS if (number := getattr(signal, name, None))}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _at_least(least: float, help: str) -> Parameter:
@@ -343,7 +366,16 @@ def doctor(
     terminal.show_checks(host.checks(ask_hub=hub))
 
 
-app.command("harness.verify_command:verify", name="verify", group_parameters="Options")
+app.command(
+    "harness.verify_command:verify",
+    name="verify",
+    group_parameters="Options",
+    help="""Say of every method whether its output is still the target's own. Exit status 1 where one diverged.
+
+    Greedy text is compared token by token; at a temperature above 0 sampled text is tested against the target's own
+    distribution, with a p-value. A correct method fails the second test in one of 1000 runs.
+    """,
+)
 
 
 @app.command(group_parameters="Options")

@@ -86,7 +86,7 @@ def parse_gate(text: str) -> Gate:
     if name not in METRICS:
         close = difflib.get_close_matches(name, METRICS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"gate {text!r}: no metric {name!r}{hint} There are {', '.join(METRICS)}")
+        raise UserError(f"gate {text!r}: no metric {name!r}{hint}; there are {', '.join(METRICS)}")
     return Gate(plain, name, sign == "<", float(percent) / 100)
 
 

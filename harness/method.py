@@ -168,6 +168,8 @@ def parse_one(text: str) -> Spec:
         option, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{text!r}: option {pair!r} has no value; write `{name}:{pair}=...`")
+        if option.replace("-", "_") in given:
+            raise UserError(f"{text!r}: option {option!r} is given twice: keep one")
         given[option.replace("-", "_")] = value
     return configure(name, given, label=text)
 

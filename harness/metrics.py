@@ -19,7 +19,7 @@ import pandas as pd
 from harness.acceptance import even_chance
 from harness.decomposition import RoundCost, floor_share, round_cost
 from harness.memory import Attribution, attribute
-from harness.results import BASELINE, Cell, Memory, Roofline, Run, Trial, refuse_mixture
+from harness.results import BASELINE, Cell, Manifest, Memory, Roofline, Run, Trial, refuse_mixture
 from harness.stats import Interval, Ratio, bootstrap_over_prompts, ratio_interval_over_rounds, standings
 
 GIB = 2**30
@@ -251,7 +251,7 @@ def summary(run: Run) -> list[Row]:
     measured = _measured(run)
     baselines = _baselines(measured)
     judged: Margins = {one.key: one.margin for one in run.judged}
-    rows = [_row(one, baselines.get(one.cell.target), run.manifest.temperature, judged) for one in measured]
+    rows = [_row(one, baselines.get(one.cell.target), run.manifest, judged) for one in measured]
     explained = [
         _explained(row, one, baselines.get(one.cell.target), run.manifest.roofline)
         for row, one in zip(rows, measured, strict=True)
@@ -335,7 +335,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
         return next((attribute(memory) for memory in reached), None)
 
 
-def _row(own: Measured, base: Measured | None, temperature: float, judged: Margins) -> Row:
+def _row(own: Measured, base: Measured | None, manifest: Manifest, judged: Margins) -> Row:
     good, failed = own.good, [trial for trial in own.trials if trial.outcome != "ok"]
     lossless = all(trial.lossless for trial in own.trials)
     speed = _sum_ratio(good.decode_tokens, good.decode_seconds)
@@ -343,8 +343,8 @@ def _row(own: Measured, base: Measured | None, temperature: float, judged: Margi
     return Row(
         cell=own.cell,
         lossless=lossless,
-        temperature=temperature,
-        synthetic=any(trial.synthetic for trial in own.trials),
+        temperature=manifest.temperature,
+        synthetic=manifest.synthetic or any(trial.synthetic for trial in own.trials),
         trials_ok=len(own.ok),
         trials_failed=len(failed),
         outcomes=dict(Counter(trial.outcome for trial in own.trials)),
@@ -375,7 +375,7 @@ def _row(own: Measured, base: Measured | None, temperature: float, judged: Margi
         tokens_per_second_per_gib=speed / (peak / GIB) if speed and peak else None,
         host_syncs_per_pass=_sum_ratio(good.host_syncs, good.verify_passes),
         joules_per_token=_sum_ratio(good.energy_joules, good.new_tokens),
-        verdict=_verdict(own, base, temperature, lossless, judged),
+        verdict=_verdict(own, base, manifest.temperature, lossless, judged),
     )
 
 

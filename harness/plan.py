@@ -57,7 +57,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     time_budget: str | int | float | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    seed: int = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     acceptance: str | list[float] | None = None
     "draw how much is accepted instead of asking the target: `0.7,0.6`, `tau:2.5`, `published:NAME`, `from:RUN`"
     context: str | int | list[str | int] | None = None

@@ -272,8 +272,11 @@ def write_drafter(of: ModelSource, spec: Spec, path: Path) -> None:
     trunk = Trunk(hollow(of, torch.bfloat16))
     rows = None if trunk.vocabulary <= DRAFT_ROWS * 1.1 else torch.arange(DRAFT_ROWS, device="meta")
     seed_ids = torch.zeros(1, dtype=torch.long, device="meta")
-    with torch.device("meta"):
-        trainee = method.find(spec.name).trainee(trunk, method.options_of(spec), rows, seed_ids)
+    try:
+        with torch.device("meta"):
+            trainee = method.find(spec.name).trainee(trunk, method.options_of(spec), rows, seed_ids)
+    except ValueError as error:  # what the user asked for does not suit this shape
+        raise UserError(f"{spec.label}: {error}") from error
     if trainee is None:
         raise UserError(f"{spec.label} wants a trained drafter and cannot make one: give its drafter= option")
     generator = torch.Generator().manual_seed(SEED)

@@ -61,10 +61,7 @@ def verify(
     raw: bool = False,
     trust_remote_code: bool = False,
 ) -> int:
-    """Say of every method whether its output is still the target's own. Exit status 1 where one diverged.
-
-    Greedy text is compared token by token; at a temperature above 0 sampled text is tested against the target's own
-    distribution, with a p-value. A correct method fails the second test in one of 1000 runs.
+    """`verify`: what it says of itself is in `harness.cli`, for this module is loaded when it is called.
 
     Parameters
     ----------

@@ -102,6 +102,8 @@ def compare(run: Run, rows: Sequence[Row], sources: Sequence[Source] | None = No
         if besides:
             cells = [one.row for one in besides]
             claims.append(Claim(source, tuple(_differences(_settings(run, cells), source.settings)), besides))
+    if not claims and rows and all(row.decode_tokens_per_second is None for row in rows):
+        raise UserError("no trial of this run was finished: measure it again, and then compare")
     if not claims:
         raise UserError("no published figure is known of a method in this run: measure eagle, medusa or s3d")
     return claims

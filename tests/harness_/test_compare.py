@@ -344,7 +344,7 @@ def test_a_turn_that_one_side_decoded_nothing_of_is_in_neither() -> None:
     found = held_against(_without_text(base, "p0"), _without_text(new, "p3"), "tau<-1%")
     assert statuses(found, "tau<-1%") == {"ok"}
     (change,) = [cell.changes["tau"] for cell in found.cells if cell.label == "s3d"]
-    assert change.interval is not None
+    assert change.change is not None
     assert (change.base, change.new) == (2, 2)
 
 
@@ -362,9 +362,9 @@ def test_memory_held_is_exact_on_the_same_prompts_only() -> None:
         facts = msgspec.structs.replace(run.manifest, prompt_set_sha256=prefix * 64)
         return replace(run, rows=tuple(rows), manifest=facts)
 
-    gate = "held_bytes>+2%"
-    assert statuses(held_against(holding(10, "a"), holding(20, "a"), gate), gate) == {"regressed"}
-    assert statuses(held_against(holding(10, "a"), holding(20, "b"), gate), gate) == {"not judged"}
+    gates = ("held_bytes>+2%", "lossless")
+    assert statuses(held_against(holding(10, "a"), holding(20, "a"), *gates), gates[0]) == {"regressed"}
+    assert statuses(held_against(holding(10, "a"), holding(20, "b"), *gates), gates[0]) == {"not judged"}
 
 
 def test_a_round_cut_short_opens_no_gate() -> None:

@@ -216,15 +216,17 @@ def test_another_plan_does_not_go_into_the_same_directory(desk: Desk) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_ctrl_c_stops_the_worker_and_says_how_to_go_on(desk: Desk) -> None:
-    line, environment = command(desk.folder, "stopped", *toy(desk.folder), "--methods", "dawdles", "--seed", "1")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_stops_the_worker_and_says_how_to_go_on(number: int, desk: Desk) -> None:
+    out = f"stopped-{number}"
+    line, environment = command(desk.folder, out, *toy(desk.folder), "--methods", "dawdles", "--seed", "1")
     process = subprocess.Popen(line, env=environment, cwd=desk.folder, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for said in process.stderr:
         if "dawdles in 32: prompt 1/4" in said:
             break
     workers = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait(timeout=20) == 130
     assert "interrupted; `python -m harness run " in rest
@@ -232,5 +234,5 @@ def test_ctrl_c_stops_the_worker_and_says_how_to_go_on(desk: Desk) -> None:
     assert "Traceback" not in rest
     assert len(workers) == 1
     assert not psutil.wait_procs(workers, timeout=5)[1]
-    run = read_run(desk.folder / "stopped")
+    run = read_run(desk.folder / out)
     assert outcomes(run, "dawdles") == {"ok": 1}, "an interruption is no result"

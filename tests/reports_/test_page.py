@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -574,3 +576,15 @@ def test_reports_import_of_the_harness_only_what_reads_results() -> None:
         source = path.read_text(encoding="utf-8")
         assert set(re.findall(r"^\s*(?:from|import) harness\.?(\w*)", source, re.M)) <= allowed
         assert not re.search(r"^\s*(?:from|import) (?:methods|prompts|torch)\b", source, re.M)
+
+
+def test_a_cell_without_trials_of_a_synthetic_run_is_synthetic() -> None:
+    """And stands in one table with the others, whichever is first."""
+    of = run(trial(cell("s3d"), synthetic=True), synthetic=True)
+    facts = msgspec.structs.replace(of.manifest, cells=[cell("ar"), *of.manifest.cells])
+    rows = summary(replace(of, manifest=facts))
+    assert [row.synthetic for row in rows] == [True, True]
+    for ordered in (rows, rows[::-1]):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(rich_table(ordered))
+        assert "32 bits SYNTHETIC" in console.export_text()
