@@ -91,17 +91,24 @@ def write(
     """Write `sequences` dialogues of `length` tokens at once: (ids_BT, greedy_BT), on the CPU.
 
     `first_turns` are token ids of user turns to begin with, `begun` those of first turns that the model goes on with in
-    every second dialogue; both are repeated as often as needed.
+    every second dialogue; both are repeated as often as needed, and cut where they would leave an answer no room.
+    Raises UserError where the template alone takes half of `length`.
     """
     device = trunk.device
     opened = [list(template.opening)] * sequences
+    around = len(template.opening) + (len(template.to_answer) if first_turns else 0)
+    room = length // 2 - around
+    if room < 1:
+        raise UserError(
+            f"--length {length} has no room for a dialogue in this model's chat template: give {2 * around + 2} or more"
+        )
     if first_turns:
         opened = [
-            [*template.opening, *first_turns[i % len(first_turns)], *template.to_answer][: length // 2]
+            [*template.opening, *first_turns[i % len(first_turns)][:room], *template.to_answer]
             for i in range(sequences)
         ]
     elif begun:
-        opened[::2] = [[*template.opening, *begun[i % len(begun)]][: length // 2] for i in range(len(opened[::2]))]
+        opened[::2] = [[*template.opening, *begun[i % len(begun)][:room]] for i in range(len(opened[::2]))]
     forced_B = torch.tensor([len(opening) for opening in opened], device=device)
     longest = max(map(len, opened))
     opening_BT = torch.tensor([opening + [0] * (longest - len(opening)) for opening in opened], device=device)
@@ -206,6 +213,8 @@ def make(
 def place(identity: str, tokens: int, length: int, seed: int, first_turns: Sequence[str] | None = None) -> Path:
     """Where a corpus is kept, named by all that decides its text."""
     said = [USER_TURN, USER_TEMPERATURE, ANSWER, list(first_turns or openings())]
+    if first_turns:
+        said.append("whole headers")  # not the texts kept from when a long first turn lost its answer's header
     key = json.dumps([identity, tokens, length, seed, *said])
     return cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 

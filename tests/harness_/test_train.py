@@ -77,6 +77,16 @@ def test_first_turns_given_by_the_user_are_asked(loaded: weights.LoadedModel) ->
     assert greedy[0, len(opening)], "the answer begins at once"
 
 
+def test_a_long_first_turn_is_cut_and_answered(loaded: weights.LoadedModel) -> None:
+    trunk, template = Trunk(loaded.model), corpus.Template.of(loaded.tokenizer)
+    asked = loaded.tokenizer.encode("Name a bird, a tree and a river.", add_special_tokens=False)
+    ids, greedy = corpus.write(trunk, template, [2], sequences=1, length=24, seed=0, first_turns=[asked])
+    assert ids[0, :12].tolist() == [*template.opening, *asked[:9], *template.to_answer]
+    assert greedy[0].nonzero()[0] == 12
+    with pytest.raises(UserError, match=r"--length 6 has no room .* give 8 or more"):
+        corpus.write(trunk, template, [2], sequences=1, length=6, seed=0, first_turns=[asked])
+
+
 def test_a_corpus_is_written_once_and_read_again(
     loaded: weights.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
