@@ -89,17 +89,19 @@ def train(
     except ValueError as error:  # an architecture that cannot be walked
         raise UserError(str(error)) from error
     end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
+    first_turns = _first_turns(settings.data)
+    tokens = settings.corpus_tokens or min(settings.tokens, 5_000_000)
     corpus = corpora.make(
-        trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
-        tokens=settings.corpus_tokens or min(settings.tokens, 5_000_000),
+        trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256, tokens=tokens,
         length=settings.length, batch=256 if settings.device == "cpu" else 2304, seed=settings.seed,
-        first_turns=_first_turns(settings.data), on_progress=narrator.stage,
+        first_turns=first_turns, on_progress=narrator.stage,
     )  # fmt: skip
     vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
     trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, corpus) for spec in specs}
     recipe = Recipe(settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed)
     room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
-    unfinished = _unfinished(settings, loaded.sha256)
+    text = corpora.place(loaded.sha256, tokens, settings.length, settings.seed, first_turns).stem
+    unfinished = _unfinished(settings, loaded.sha256, text)
     if unfinished.is_file() and not restart:
         room.resume(drafter.tensors(unfinished))
         narrator.stage(f"going on from step {room.step} of {room.steps}", room.step / room.steps)
@@ -135,8 +137,9 @@ def _first_turns(data: Path | None) -> list[str] | None:
     return [prompt.turns[0] for prompt in load(str(data)).prompts]
 
 
-def _unfinished(settings: Settings, identity: str) -> Path:
-    key = hashlib.sha256(json.dumps([identity, settings.recipe()], sort_keys=True).encode()).hexdigest()[:16]
+def _unfinished(settings: Settings, identity: str, text: str) -> Path:
+    """Where an interrupted training is kept; `text` is the corpus's name, for a file of `--data` may change."""
+    key = hashlib.sha256(json.dumps([identity, text, settings.recipe()], sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "unfinished" / f"{key}.safetensors"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_chat
@@ -14,8 +15,8 @@ from harness import chat, drafter, method, weights
 from harness.cli import main
 from harness.errors import UserError
 from harness.paths import save_tensors
-from harness.train import corpus
-from harness.train.loop import Classroom, Recipe, draft_vocabulary, novelty, places
+from harness.train import command, corpus
+from harness.train.loop import Classroom, Recipe, Report, draft_vocabulary, novelty, places
 from harness.trunk import Trunk
 
 TRAINED = ("s3d:keep=1+2:k=2:rank=4", "medusa:heads=2", "eagle:depth=2", "draft-model:layers=1")
@@ -199,6 +200,35 @@ def test_the_command_trains_and_run_finds_the_drafters(
         texts.setdefault(key, set()).add(str(trial["new_tokens"]))
     assert all(len(said) == 1 for said in texts.values()), "every method says what its own target says"
     assert {weights for weights, _, _ in texts} == {"base", "s3d-shared"}
+
+
+def test_an_interrupted_training_goes_on_only_with_the_same_data(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+
+    class Listening:
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def stage(self, step: str, fraction: float | None) -> None:
+            self.told.append(step)
+
+        def report(self, report: Report) -> None: ...
+
+    data = tiny_chat.prompts(tmp_path / "data.jsonl")
+    sizes: dict[str, Any] = {"tokens": 1152, "corpus_tokens": 1152, "length": 48, "batch": 4, "anchors": 4}
+    settings = command.Settings("medusa:heads=2", str(directory), data=data, draft_vocabulary=200, **sizes)
+
+    def went_on() -> bool:
+        listening = Listening()
+        assert command.train(settings, listening, stop_after_seconds=0) == []
+        return any(step.startswith("going on") for step in listening.told)
+
+    assert not went_on()
+    assert went_on()
+    data.write_text(data.read_text().replace("Hi.", "Ho."))
+    assert not went_on()
 
 
 def test_what_cannot_be_trained_is_one_line(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
