@@ -70,6 +70,7 @@ def train(
     specs = parse(settings.methods)
     if idle := [spec.name for spec in specs if not _trains(find(spec.name))]:
         raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
+    _refuse_twins(specs)
     if settings.length < SHORTEST:
         raise UserError(f"--length {settings.length} has no room for a dialogue: give {SHORTEST} or more")
     source = weights.resolve(settings.model)
@@ -121,6 +122,23 @@ def _trains(kind: type[Method]) -> bool:
     return any("trainee" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Method)])
 
 
+def _refuse_twins(specs: Sequence[Spec]) -> None:
+    """Raise UserError where two drafters would be written to one file."""
+    first: dict[str, str] = {}
+    for spec in specs:
+        name = _file_name(spec)
+        if name in first:
+            raise UserError(
+                f"{first[name]} and {spec.label} would both be written to {name}: train them one by one, each with its "
+                "own --out"
+            )
+        first[name] = spec.label
+
+
+def _file_name(spec: Spec) -> str:
+    return f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
+
+
 def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus) -> Any:
     method: type[Method] = find(spec.name)
     seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
@@ -150,7 +168,7 @@ def _write(
     paths = []
     for spec in specs:
         pupil, agreement = room.pupils[spec.label], agreements[spec.label]
-        path = folder / f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
+        path = folder / _file_name(spec)
         config = pupil.trainee.config() | {"rank_accuracy": agreement.rank_accuracy}
         tensors = pupil.trainee.tensors()
         training = _cost(room, pupil, spec, agreement.tau) | {

@@ -236,6 +236,13 @@ def test_what_cannot_be_trained_is_one_line(directory: Path, capsys: pytest.Capt
     assert "nothing to train" in capsys.readouterr().err
 
 
+def test_two_drafters_of_one_file_are_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = "s3d:k=2,s3d:mode=shared,s3d:k=4"
+    assert main(["train", "--model", str(directory), "--methods", methods, "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "s3d:k=2 and s3d:k=4 would both be written to s3d.safetensors: train them one by one" in line
+
+
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
