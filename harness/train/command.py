@@ -15,6 +15,7 @@ import torch
 
 from harness import chat, drafter, meters, weights
 from harness.errors import UserError
+from harness.lesson import Trainee
 from harness.method import Method, Spec, find, options_of, parse
 from harness.paths import cache_dir, save_tensors
 from harness.train import corpus as corpora
@@ -82,13 +83,14 @@ def train(
         raise UserError(f"cannot write to {folder}: give another --out")
     # Drafters keep float32 weights beside a bfloat16 target; that their norms cannot be fused then is no news.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    torch.manual_seed(settings.seed)
     bits = weights.Bits(32 if settings.device == "cpu" else 16)
     loaded = weights.load(source, bits, device=settings.device)
     try:
         trunk = Trunk(loaded.model)
     except ValueError as error:  # an architecture that cannot be walked
         raise UserError(str(error)) from error
+    for spec in specs:  # options that do not fit the model are refused here, and not after hours of writing
+        _trainee(spec, trunk, None, torch.zeros(1, dtype=torch.long, device=trunk.device))
     end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
     first_turns = _first_turns(settings.data)
     tokens = settings.corpus_tokens or min(settings.tokens, 5_000_000)
@@ -98,7 +100,9 @@ def train(
         first_turns=first_turns, on_progress=narrator.stage,
     )  # fmt: skip
     vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
-    trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, corpus) for spec in specs}
+    seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
+    torch.manual_seed(settings.seed)
+    trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, seed_ids) for spec in specs}
     recipe = Recipe(settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed)
     room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
     text = corpora.place(loaded.sha256, tokens, settings.length, settings.seed, first_turns).stem
@@ -139,10 +143,13 @@ def _file_name(spec: Spec) -> str:
     return f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
 
 
-def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus) -> Any:
+def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: torch.Tensor | None, seed_ids: torch.Tensor) -> Trainee:
+    """Raises UserError where the options do not fit the model."""
     method: type[Method] = find(spec.name)
-    seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
-    made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
+    try:
+        made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
+    except ValueError as error:
+        raise UserError(f"{spec.label}: {error}") from error
     assert made is not None, spec.name
     return made
 

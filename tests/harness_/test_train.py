@@ -270,6 +270,18 @@ def test_what_cannot_end_well_is_refused_before_the_model_is_loaded(
     assert hint in line
 
 
+@pytest.mark.parametrize("keep", ["3+6", "3+9", "0+0", "-1+2"])
+def test_layers_that_the_model_lacks_are_refused_before_text_is_written(
+    keep: str, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "make", None)
+    capsys.readouterr()
+    assert main(["train", "--model", str(directory), "--methods", f"s3d:keep={keep}", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"s3d:keep={keep}: the target has 4 layers, so {keep} of them cannot draft: keep at least 1" in line
+
+
 def test_a_model_that_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny_chat.save(tmp_path / "other", architecture="gpt2")
     reasons = {"shape:tiny": "random weights and no tokenizer", str(other): "architecture 'gpt2' is not supported"}
