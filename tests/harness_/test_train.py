@@ -170,6 +170,36 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         corpus.Template.of(Bare())
 
 
+EACH = "{% for message in messages %}"
+"how a chat template begins to print"
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        (EACH + "<|user|>{{ message['content'] }}{{ message['content'] }}<|end|>{% endfor %}", "every turn once"),
+        ("<|user|>{{ messages[-1]['content'] }}<|end|>", "every turn once"),
+        (EACH + "{{ raise_exception('only one turn') }}{% endfor %}", r"refuses a plain dialogue \(only one turn\)"),
+        ("<|user|>" + EACH + "{{ message['content'] }}{% endfor %}", "nothing between two turns"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_cut_is_refused(
+    template: str, hint: str, loaded: weights.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loaded.tokenizer is not None
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"{hint}.*: name another model"):
+        corpus.Template.of(loaded.tokenizer)
+
+
+def test_a_dialogue_that_opens_with_nothing_needs_first_turns(loaded: weights.LoadedModel) -> None:
+    trunk, template = Trunk(loaded.model), corpus.Template([], [4], [2])
+    with pytest.raises(UserError, match="give first turns with --data"):
+        corpus.write(trunk, template, [2], sequences=2, length=24, seed=0, begun=[[9]])
+    ids, _ = corpus.write(trunk, template, [2], sequences=2, length=24, seed=0, first_turns=[[9]])
+    assert ids[:, :2].tolist() == [[9, 4]] * 2
+
+
 def test_the_command_trains_and_run_finds_the_drafters(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
