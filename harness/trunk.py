@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.attention import INTERFACE, FixedView, View, attend_view
 from harness.cache import KVCache
+from harness.errors import UserError
 from harness.joined import FORMS, fused_norm, joined, turning
 from harness.runtime import Runtime
 
@@ -51,7 +52,12 @@ class Layers:
 
     @classmethod
     def ends(cls, front: int, back: int, total: int) -> Layers:
-        """The first `front` and the last `back` of `total` layers."""
+        """The first `front` and the last `back` of `total` layers. Raises UserError where there are no such."""
+        if min(front, back) < 0 or not 1 <= front + back <= total:
+            raise UserError(
+                f"the target has {total} layers, so {front}+{back} of them cannot draft: keep at least 1 and at most "
+                f"{total}, front and back together"
+            )
         return cls.of((*range(front), *range(total - back, total)))
 
     def without(self, attention: Iterable[int], mlp: Iterable[int]) -> Layers:

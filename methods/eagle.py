@@ -369,7 +369,8 @@ class EagleTrainee(Distilled):
 
     def __init__(self, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None) -> None:
         self.trunk, self.vocabulary_V, self.depths = trunk, vocabulary_V, options.depth
-        self.taps = (2, trunk.depth // 2, trunk.depth - 3)
+        # EAGLE-3's own, which in fewer than four layers count past an end and on from the other.
+        self.taps = tuple(tap % (trunk.depth + 1) for tap in (2, trunk.depth // 2, trunk.depth - 3))
         self.module = self.layer = Layer(draft_config(trunk), 3).to(trunk.device)
         self.head = DraftHead(trunk, vocabulary_V)
 

@@ -15,6 +15,7 @@ import torch
 
 from harness import chat, drafter, meters, weights
 from harness.errors import UserError
+from harness.lesson import Trainee
 from harness.method import Method, Spec, find, options_of, parse
 from harness.paths import cache_dir, save_tensors
 from harness.train import corpus as corpora
@@ -70,6 +71,7 @@ def train(
     specs = parse(settings.methods)
     if idle := [spec.name for spec in specs if not _trains(find(spec.name))]:
         raise UserError(f"method {idle[0]!r} has nothing to train: leave it out of --methods")
+    _refuse_twins(specs)
     if settings.length < SHORTEST:
         raise UserError(f"--length {settings.length} has no room for a dialogue: give {SHORTEST} or more")
     source = weights.resolve(settings.model)
@@ -81,25 +83,30 @@ def train(
         raise UserError(f"cannot write to {folder}: give another --out")
     # Drafters keep float32 weights beside a bfloat16 target; that their norms cannot be fused then is no news.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    torch.manual_seed(settings.seed)
     bits = weights.Bits(32 if settings.device == "cpu" else 16)
     loaded = weights.load(source, bits, device=settings.device)
     try:
         trunk = Trunk(loaded.model)
     except ValueError as error:  # an architecture that cannot be walked
         raise UserError(str(error)) from error
+    for spec in specs:  # options that do not fit the model are refused here, and not after hours of writing
+        _trainee(spec, trunk, None, torch.zeros(1, dtype=torch.long, device=trunk.device))
     end_ids = chat.end_ids(loaded.model, loaded.tokenizer)
+    first_turns = _first_turns(settings.data)
+    tokens = settings.corpus_tokens or min(settings.tokens, 5_000_000)
     corpus = corpora.make(
-        trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256,
-        tokens=settings.corpus_tokens or min(settings.tokens, 5_000_000),
+        trunk, loaded.tokenizer, sorted(end_ids), identity=loaded.sha256, tokens=tokens,
         length=settings.length, batch=256 if settings.device == "cpu" else 2304, seed=settings.seed,
-        first_turns=_first_turns(settings.data), on_progress=narrator.stage,
+        first_turns=first_turns, on_progress=narrator.stage,
     )  # fmt: skip
     vocabulary_V = draft_vocabulary(corpus, settings.draft_vocabulary, trunk.vocabulary, end_ids)
-    trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, corpus) for spec in specs}
+    seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
+    torch.manual_seed(settings.seed)
+    trainees = {spec.label: _trainee(spec, trunk, vocabulary_V, seed_ids) for spec in specs}
     recipe = Recipe(settings.tokens, settings.batch, settings.anchors, settings.learning_rate, seed=settings.seed)
     room = Classroom(trunk, corpus, trainees, vocabulary_V, recipe)
-    unfinished = _unfinished(settings, loaded.sha256)
+    text = corpora.place(loaded.sha256, tokens, settings.length, settings.seed, first_turns).stem
+    unfinished = _unfinished(settings, loaded.sha256, text)
     if unfinished.is_file() and not restart:
         room.resume(drafter.tensors(unfinished))
         narrator.stage(f"going on from step {room.step} of {room.steps}", room.step / room.steps)
@@ -119,10 +126,30 @@ def _trains(kind: type[Method]) -> bool:
     return any("trainee" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Method)])
 
 
-def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: Any, corpus: corpora.Corpus) -> Any:
+def _refuse_twins(specs: Sequence[Spec]) -> None:
+    """Raise UserError where two drafters would be written to one file."""
+    first: dict[str, str] = {}
+    for spec in specs:
+        name = _file_name(spec)
+        if name in first:
+            raise UserError(
+                f"{first[name]} and {spec.label} would both be written to {name}: train them one by one, each with its "
+                "own --out"
+            )
+        first[name] = spec.label
+
+
+def _file_name(spec: Spec) -> str:
+    return f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
+
+
+def _trainee(spec: Spec, trunk: Trunk, vocabulary_V: torch.Tensor | None, seed_ids: torch.Tensor) -> Trainee:
+    """Raises UserError where the options do not fit the model."""
     method: type[Method] = find(spec.name)
-    seed_ids = corpus.ids_RT[:16].flatten().to(trunk.device)
-    made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
+    try:
+        made = method.trainee(trunk, options_of(spec), vocabulary_V, seed_ids)
+    except ValueError as error:
+        raise UserError(f"{spec.label}: {error}") from error
     assert made is not None, spec.name
     return made
 
@@ -135,8 +162,9 @@ def _first_turns(data: Path | None) -> list[str] | None:
     return [prompt.turns[0] for prompt in load(str(data)).prompts]
 
 
-def _unfinished(settings: Settings, identity: str) -> Path:
-    key = hashlib.sha256(json.dumps([identity, settings.recipe()], sort_keys=True).encode()).hexdigest()[:16]
+def _unfinished(settings: Settings, identity: str, text: str) -> Path:
+    """Where an interrupted training is kept; `text` is the corpus's name, for a file of `--data` may change."""
+    key = hashlib.sha256(json.dumps([identity, text, settings.recipe()], sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "unfinished" / f"{key}.safetensors"
 
 
@@ -147,7 +175,7 @@ def _write(
     paths = []
     for spec in specs:
         pupil, agreement = room.pupils[spec.label], agreements[spec.label]
-        path = folder / f"{find(spec.name).drafter_name(options_of(spec))}.safetensors"
+        path = folder / _file_name(spec)
         config = pupil.trainee.config() | {"rank_accuracy": agreement.rank_accuracy}
         tensors = pupil.trainee.tensors()
         training = _cost(room, pupil, spec, agreement.tau) | {

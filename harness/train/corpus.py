@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from harness import meters
@@ -60,19 +62,29 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Template:
-        """Cut the tokenizer's chat template at its contents. Raises UserError where it has none."""
+        """Cut the tokenizer's chat template at its contents. Raises UserError where it has none, or cannot be cut."""
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "this model has no chat template, so it cannot write dialogues to learn from: name an instruct model"
             )
         turns = [("user", "\x01"), ("assistant", "\x02"), ("user", "\x03")]
         messages = [{"role": role, "content": content} for role, content in turns]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        opening, rest = text.split("\x01")
-        to_answer, rest = rest.split("\x02")
-        to_user = rest.split("\x03")[0]
-        pieces = (opening, to_answer, to_user)
-        return cls(*(tokenizer.encode(piece, add_special_tokens=False) for piece in pieces))
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise UserError(
+                f"this model's chat template refuses a plain dialogue ({error}): name another model"
+            ) from error
+        if [mark for mark in text if mark in "\x01\x02\x03"] != ["\x01", "\x02", "\x03"]:
+            raise UserError(
+                "this model's chat template does not print every turn once and in order, so it cannot be cut at its "
+                "turns: name another model"
+            )
+        opening, to_answer, to_user, _ = re.split("[\x01-\x03]", text)
+        made = cls(*(tokenizer.encode(piece, add_special_tokens=False) for piece in (opening, to_answer, to_user)))
+        if not made.to_answer or not made.to_user:
+            raise UserError("this model's chat template has nothing between two turns: name another model")
+        return made
 
 
 @torch.no_grad()
@@ -91,17 +103,29 @@ def write(
     """Write `sequences` dialogues of `length` tokens at once: (ids_BT, greedy_BT), on the CPU.
 
     `first_turns` are token ids of user turns to begin with, `begun` those of first turns that the model goes on with in
-    every second dialogue; both are repeated as often as needed.
+    every second dialogue; both are repeated as often as needed, and cut where they would leave an answer no room.
+    Raises UserError where the template alone takes half of `length`, or where there is nothing to begin with.
     """
+    if not (template.opening or first_turns):
+        raise UserError(
+            "this model's chat template prints nothing before the first turn: give first turns with --data, or name "
+            "another model"
+        )
     device = trunk.device
     opened = [list(template.opening)] * sequences
+    around = len(template.opening) + (len(template.to_answer) if first_turns else 0)
+    room = length // 2 - around
+    if room < 1:
+        raise UserError(
+            f"--length {length} has no room for a dialogue in this model's chat template: give {2 * around + 2} or more"
+        )
     if first_turns:
         opened = [
-            [*template.opening, *first_turns[i % len(first_turns)], *template.to_answer][: length // 2]
+            [*template.opening, *first_turns[i % len(first_turns)][:room], *template.to_answer]
             for i in range(sequences)
         ]
     elif begun:
-        opened[::2] = [[*template.opening, *begun[i % len(begun)]][: length // 2] for i in range(len(opened[::2]))]
+        opened[::2] = [[*template.opening, *begun[i % len(begun)][:room]] for i in range(len(opened[::2]))]
     forced_B = torch.tensor([len(opening) for opening in opened], device=device)
     longest = max(map(len, opened))
     opening_BT = torch.tensor([opening + [0] * (longest - len(opening)) for opening in opened], device=device)
@@ -206,6 +230,8 @@ def make(
 def place(identity: str, tokens: int, length: int, seed: int, first_turns: Sequence[str] | None = None) -> Path:
     """Where a corpus is kept, named by all that decides its text."""
     said = [USER_TURN, USER_TEMPERATURE, ANSWER, list(first_turns or openings())]
+    if first_turns:
+        said.append("whole headers")  # not the texts kept from when a long first turn lost its answer's header
     key = json.dumps([identity, tokens, length, seed, *said])
     return cache_dir() / "corpora" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 

@@ -410,3 +410,10 @@ def test_typical_acceptance_says_that_it_is_lossy(bench: Bench) -> None:
     assert not typical.lossless
     with pytest.raises(ValueError, match="temperature"):
         load("medusa", target, path, sampler(), acceptance="typical")
+
+
+def test_a_drafter_for_a_deeper_target_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "drafter.safetensors", trainee("s3d", tiny("llama"), keep="1+2"))
+    shallow = Target(tiny("llama", num_hidden_layers=2), capacity=64)
+    with pytest.raises(ValueError, match=r"the target has 2 layers, so 1\+2 of them cannot draft"):
+        load("s3d", shallow, path)

@@ -50,6 +50,21 @@ def test_trainee_predicts_what_the_method_draws_from(
     torch.testing.assert_close(draft.q_PV[:depths], expected_KV[:depths], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_eagle_learns_from_a_shallow_target_what_it_drafts_from(layers: int, tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=layers)
+    made = trainee("eagle", model)
+    target = Target(model, capacity=CAPACITY)
+    drafting = load("eagle", target, write(tmp_path / "drafter.safetensors", made), sampler(temperature=1.0))
+    prompt = text(21, VOCAB)
+    drafting.start(prompt, target.prefill(prompt[:-1]))
+    target.begin(prompt[-1])
+    q_KV = drafting.propose(prompt).q_PV
+    assert q_KV is not None
+    expected_KV = torch.softmax(at_anchor(made, target.trunk, [*prompt, *text(9, VOCAB)], len(prompt) - 1), dim=-1)
+    torch.testing.assert_close(q_KV[0], expected_KV[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("subset", [None, SUBSET], ids=["full", "subset"])
 def test_medusa_heads_predict_what_they_were_trained_on(

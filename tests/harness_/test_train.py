@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_chat
@@ -14,8 +15,8 @@ from harness import chat, drafter, method, weights
 from harness.cli import main
 from harness.errors import UserError
 from harness.paths import save_tensors
-from harness.train import corpus
-from harness.train.loop import Classroom, Recipe, draft_vocabulary, novelty, places
+from harness.train import command, corpus
+from harness.train.loop import Classroom, Recipe, Report, draft_vocabulary, novelty, places
 from harness.trunk import Trunk
 
 TRAINED = ("s3d:keep=1+2:k=2:rank=4", "medusa:heads=2", "eagle:depth=2", "draft-model:layers=1")
@@ -75,6 +76,16 @@ def test_first_turns_given_by_the_user_are_asked(loaded: weights.LoadedModel) ->
     opening = [*template.opening, *asked, *template.to_answer]
     assert ids[0, : len(opening)].tolist() == opening
     assert greedy[0, len(opening)], "the answer begins at once"
+
+
+def test_a_long_first_turn_is_cut_and_answered(loaded: weights.LoadedModel) -> None:
+    trunk, template = Trunk(loaded.model), corpus.Template.of(loaded.tokenizer)
+    asked = loaded.tokenizer.encode("Name a bird, a tree and a river.", add_special_tokens=False)
+    ids, greedy = corpus.write(trunk, template, [2], sequences=1, length=24, seed=0, first_turns=[asked])
+    assert ids[0, :12].tolist() == [*template.opening, *asked[:9], *template.to_answer]
+    assert greedy[0].nonzero()[0] == 12
+    with pytest.raises(UserError, match=r"--length 6 has no room .* give 8 or more"):
+        corpus.write(trunk, template, [2], sequences=1, length=6, seed=0, first_turns=[asked])
 
 
 def test_a_corpus_is_written_once_and_read_again(
@@ -159,6 +170,36 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         corpus.Template.of(Bare())
 
 
+EACH = "{% for message in messages %}"
+"how a chat template begins to print"
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        (EACH + "<|user|>{{ message['content'] }}{{ message['content'] }}<|end|>{% endfor %}", "every turn once"),
+        ("<|user|>{{ messages[-1]['content'] }}<|end|>", "every turn once"),
+        (EACH + "{{ raise_exception('only one turn') }}{% endfor %}", r"refuses a plain dialogue \(only one turn\)"),
+        ("<|user|>" + EACH + "{{ message['content'] }}{% endfor %}", "nothing between two turns"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_cut_is_refused(
+    template: str, hint: str, loaded: weights.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loaded.tokenizer is not None
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=f"{hint}.*: name another model"):
+        corpus.Template.of(loaded.tokenizer)
+
+
+def test_a_dialogue_that_opens_with_nothing_needs_first_turns(loaded: weights.LoadedModel) -> None:
+    trunk, template = Trunk(loaded.model), corpus.Template([], [4], [2])
+    with pytest.raises(UserError, match="give first turns with --data"):
+        corpus.write(trunk, template, [2], sequences=2, length=24, seed=0, begun=[[9]])
+    ids, _ = corpus.write(trunk, template, [2], sequences=2, length=24, seed=0, first_turns=[[9]])
+    assert ids[:, :2].tolist() == [[9, 4]] * 2
+
+
 def test_the_command_trains_and_run_finds_the_drafters(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,9 +232,45 @@ def test_the_command_trains_and_run_finds_the_drafters(
     assert {weights for weights, _, _ in texts} == {"base", "s3d-shared"}
 
 
+def test_an_interrupted_training_goes_on_only_with_the_same_data(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+
+    class Listening:
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def stage(self, step: str, fraction: float | None) -> None:
+            self.told.append(step)
+
+        def report(self, report: Report) -> None: ...
+
+    data = tiny_chat.prompts(tmp_path / "data.jsonl")
+    sizes: dict[str, Any] = {"tokens": 1152, "corpus_tokens": 1152, "length": 48, "batch": 4, "anchors": 4}
+    settings = command.Settings("medusa:heads=2", str(directory), data=data, draft_vocabulary=200, **sizes)
+
+    def went_on() -> bool:
+        listening = Listening()
+        assert command.train(settings, listening, stop_after_seconds=0) == []
+        return any(step.startswith("going on") for step in listening.told)
+
+    assert not went_on()
+    assert went_on()
+    data.write_text(data.read_text().replace("Hi.", "Ho."))
+    assert not went_on()
+
+
 def test_what_cannot_be_trained_is_one_line(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--model", str(directory), "--methods", "prompt-lookup", "--device", "cpu"]) == 2
     assert "nothing to train" in capsys.readouterr().err
+
+
+def test_two_drafters_of_one_file_are_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = "s3d:k=2,s3d:mode=shared,s3d:k=4"
+    assert main(["train", "--model", str(directory), "--methods", methods, "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "s3d:k=2 and s3d:k=4 would both be written to s3d.safetensors: train them one by one" in line
 
 
 @pytest.mark.parametrize(
@@ -221,6 +298,18 @@ def test_what_cannot_end_well_is_refused_before_the_model_is_loaded(
     assert main(["train", "--model", str(directory), "--methods", "medusa", "--device", "cpu", *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert hint in line
+
+
+@pytest.mark.parametrize("keep", ["3+6", "3+9", "0+0", "-1+2"])
+def test_layers_that_the_model_lacks_are_refused_before_text_is_written(
+    keep: str, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "make", None)
+    capsys.readouterr()
+    assert main(["train", "--model", str(directory), "--methods", f"s3d:keep={keep}", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"s3d:keep={keep}: the target has 4 layers, so {keep} of them cannot draft: keep at least 1" in line
 
 
 def test_a_model_that_cannot_be_trained_on_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
