@@ -12,8 +12,10 @@ from harness.errors import UserError
 def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, system: str | None, raw: bool) -> list[int]:
     """Ids of `turns` with `answers` between them (one less), ready for the next answer.
 
-    `raw` leaves the chat template out. Raises UserError for a tokenizer that has none.
+    `raw` leaves the chat template out. Raises UserError for a tokenizer that has none, or whose template refuses this.
     """
+    from jinja2 import TemplateError
+
     if raw:
         said = chain.from_iterable(zip_longest(turns, answers, fillvalue=""))
         return list(tokenizer("\n\n".join(text for text in said if text)).input_ids)
@@ -24,7 +26,12 @@ def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, syst
         messages.append({"role": "user", "content": turn})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        advice = "add --raw" if system is None else "leave --system out, or add --raw"
+        reason = " ".join(str(error).split())
+        raise UserError(f"this model's chat template refuses the conversation ({reason}): {advice}") from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -53,7 +53,8 @@ def prepare(directory: Path, emit: child.Emit) -> None:
     exact_float32()
     loaded = load_precisely(plan)
     later = any(len(prompt.turns) > 1 for prompt in plan.prompt_set.prompts)
-    refuse_what_does_not_fit(plan, loaded, {})  # at once, before answers that would not fit either are written
+    unwritten = {prompt.id: [""] * (len(prompt.turns) - 1) for prompt in plan.prompt_set.prompts}
+    refuse_what_does_not_fit(plan, loaded, unwritten)  # at once, before answers that would not fit either are written
     kept = write_atomically(directory / "first_answers.json", cached_answers(plan, loaded, emit) if later else b"{}")
     refuse_what_does_not_fit(plan, loaded, msgspec.json.decode(kept, type=Answers))
     merges = {one.cell.weights: one.merge for one in plan.cells if one.merge is not None and one.unsupported is None}

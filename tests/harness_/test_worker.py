@@ -371,6 +371,30 @@ def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> Non
     assert tokenizer.decode(ids) == "Hello.\n\nHi!\n\nMore."
 
 
+STRICT = (
+    "{% for message in messages %}{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('Roles must\nalternate') }}{% endif %}{{ message['content'] }}<|end|>{% endfor %}"
+)
+
+
+def test_later_turns_are_prepared_for_a_template_whose_roles_alternate(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    model = tiny_chat.save(tmp_path / "strict")
+    (model / "chat_template.jinja").write_text(STRICT)
+    source = ModelSource("strict", str(model), "local")
+    cells = tuple(one for one in ready.plan.cells if one.merge is None)
+    strict = msgspec.structs.replace(ready.plan, model=source, cells=cells, max_new_tokens=4)
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(strict))
+    events: list[child.Event] = []
+    prepare.prepare(tmp_path, events.append)
+    assert isinstance(events[-1], child.Prepared)
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(strict, system="Be brief.")))
+    with pytest.raises(UserError, match=r"refuses the conversation \(Roles must alternate\): leave --system out"):
+        prepare.prepare(tmp_path, events.append)
+
+
 def test_pieces_of_a_text_join_to_it(ready: Ready) -> None:
     tokenizer = weights.load(ready.plan.model, Bits(32), device="cpu").tokenizer
     ids = tokenizer("naïve — ça va 🙂<|end|>", add_special_tokens=False).input_ids
