@@ -16,12 +16,13 @@ import msgspec
 import pytest
 import tiny_chat
 import torch
+from tiny import tiny
 
 import prompts
 from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
 from harness.memory import attribute
-from harness.plan import Job, Plan, Turn, plan, read_request
+from harness.plan import Job, Merge, Plan, Turn, plan, read_request
 from harness.results import Trial, append_trial, read_trials
 from harness.runtime import CaptureError
 from harness.weights import Bits, ModelSource
@@ -231,6 +232,27 @@ def test_a_merged_target_is_the_base_plus_the_deltas(ready: Ready) -> None:
     for name, tensor in base.items():
         expected = tensor + deltas.get(name.removeprefix("model."), torch.zeros(()))
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "said"),
+    [
+        ("gated", {}, "was trained for mode=gated"),
+        ("shared", {"num_hidden_layers": 6}, "trained for another model than toy, which has no layers.4"),
+        ("shared", {"intermediate_size": 96}, "trained for another model than toy, which has no layers"),
+        ("shared", {"num_hidden_layers": 3}, "trained for another model than toy, whose 4 layers"),
+    ],
+)
+def test_a_drafter_of_another_mode_or_model_is_not_merged(
+    mode: str, changes: dict[str, int], said: str, ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    vocabulary = weights.load(ready.plan.model, Bits(32), device="cpu").model.config.vocab_size
+    made = bench.trainee("s3d", tiny("llama", vocab_size=vocabulary, **changes), mode=mode, keep="1+2")
+    merge = Merge("s3d", str(bench.write(tmp_path / "foreign.safetensors", made)))
+    with pytest.raises(UserError, match=said):
+        prepare.merged(ready.plan.model, "0" * 64, merge, lambda event: None)
+    assert not list((tmp_path / "cache").glob("merged/*"))
 
 
 def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
