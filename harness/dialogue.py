@@ -38,7 +38,8 @@ def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, syst
 def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) -> list[int]:
     """`ids` at the end of exactly `context` tokens, the text before them repeated as often as it takes.
 
-    A first token that begins every text stays first. Raises UserError where the ids are too many.
+    A first token that begins every text, and nothing within it, stays first. Raises UserError where the ids are too
+    many.
     """
     missing = context - len(ids)
     if missing < 0:
@@ -46,7 +47,7 @@ def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) 
             f"a prompt of {len(ids)} tokens is longer than a context of {context}: give a larger --context, or leave "
             "long prompts out"
         )
-    begin = 1 if ids[:1] == [tokenizer.bos_token_id] else 0
+    begin = 1 if ids[:1] == [tokenizer.bos_token_id] and ids.count(ids[0]) == 1 else 0
     said = list(tokenizer("\n\n".join(filler), add_special_tokens=False).input_ids)
     before = said * (missing // len(said) + 1)
     return [*ids[:begin], *before[:missing], *ids[begin:]]

@@ -331,6 +331,8 @@ def test_a_first_token_that_begins_every_text_stays_first(ready: Ready) -> None:
     begin = tokenizer.bos_token_id
     assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6)[0::5] == [begin, 8]
     assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6).count(begin) == 1
+    messages = [begin, 9, 8, begin, 7]
+    assert dialogue.padded(tokenizer, messages, ["Hi."], 9)[-5:] == messages, "it begins every message"
 
 
 def test_on_a_cpu_a_cell_over_the_budget_is_a_row(ready: Ready) -> None:
