@@ -8,6 +8,7 @@ looks for what may mislead.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -190,13 +191,25 @@ def company(device: str) -> list[str]:
 
 
 def cached_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> bytes:
-    """The answers as JSON, written once for these weights, prompts and settings."""
-    identity = [loaded.sha256, loaded.bits.id, plan.prompt_set.sha256, plan.system, plan.raw, plan.max_new_tokens]
+    """The answers as JSON, written once for these weights, texts, prompts and settings."""
+    identity = [
+        *(loaded.sha256, loaded.bits.id, tokenizer_sha256(loaded.tokenizer)),
+        sorted(chat.end_ids(loaded.model, loaded.tokenizer)),
+        *(plan.prompt_set.sha256, plan.system, plan.raw, plan.max_new_tokens),
+    ]
     key = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
     path = cache_dir() / "first_answers" / f"{key}.json"
     if path.is_file():
         return path.read_bytes()
     return write_atomically(path, msgspec.json.encode(first_answers(plan, loaded, emit)))
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what makes ids of a text: the tokenizer's own file where it has one, its special tokens, the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    parts = [type(tokenizer).__name__, own, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def first_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> Answers:

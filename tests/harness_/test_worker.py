@@ -262,6 +262,30 @@ def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPat
     assert events[-1] == ready.prepared
 
 
+def test_first_answers_are_made_again_for_another_template_tokenizer_or_end(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(plan: Plan, loaded: weights.LoadedModel, emit: child.Emit) -> prepare.Answers:
+        times.append(1)
+        return {}
+
+    times: list[int] = []
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(prepare, "first_answers", made)
+    for change in (
+        lambda tokenizer, model: None,
+        lambda tokenizer, model: setattr(tokenizer, "chat_template", "{{ messages[0].content }}"),
+        lambda tokenizer, model: tokenizer.add_tokens(["Count"]),
+        lambda tokenizer, model: setattr(model.generation_config, "eos_token_id", [3, 4]),
+    ):
+        loaded = weights.load(ready.plan.model, Bits(32), device="cpu")
+        change(loaded.tokenizer, loaded.model)
+        before = len(times)
+        for _ in range(2):
+            prepare.cached_answers(ready.plan, loaded, lambda event: None)
+        assert len(times) == before + 1
+
+
 def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(module: str, argument: Path, log: Path, on_event: child.Emit, environment: object) -> int:
         on_event(child.Refused("add --raw"))
