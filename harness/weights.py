@@ -215,10 +215,12 @@ def _directory(source: ModelSource, trust_remote_code: bool) -> Path:
 
 def _from_hub(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except HFValidationError as error:
+        raise UserError(f"{repository} is no hub id ({_first_line(error)}): give org/name, or a directory") from error
     except GatedRepoError as error:
         raise UserError(f"{repository} is gated: ask for access on its page, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:

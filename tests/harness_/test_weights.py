@@ -333,6 +333,12 @@ def test_a_hub_that_does_not_give_the_model_is_explained(
     assert advice in said
 
 
+def test_a_name_that_the_hub_cannot_have_is_explained() -> None:
+    said = refusal(lambda: weights.load(weights.resolve("org/my--model"), Bits(32), device="cpu"))
+    assert said.startswith("org/my--model is no hub id (")
+    assert said.endswith("): give org/name, or a directory")
+
+
 def test_the_hub_is_asked_for_safetensors_only_and_code_only_where_trusted(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
