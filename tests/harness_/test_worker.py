@@ -300,6 +300,35 @@ def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monke
         runner.execute(ready.plan, ready.directory / "refused", lambda event: None)
 
 
+def test_a_run_does_not_go_on_with_another_drafter(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither file says how it was trained. A run that did not record its drafters goes on."""
+
+    def refuse(module: str, argument: Path, log: Path, on_event: child.Emit, environment: object) -> int:
+        on_event(child.Refused("prepared"))
+        return 2
+
+    monkeypatch.setattr(child, "run", refuse)
+    path, run = tmp_path / "medusa.safetensors", tmp_path / "run"
+    cells = (msgspec.structs.replace(ready.plan.cells[0], drafter=str(path)),)
+    plan, said = msgspec.structs.replace(ready.plan, cells=cells), []
+    for value, recorded in ((1.0, True), (1.0, True), (2.0, True), (2.0, False)):
+        if len(said) != 1:
+            drafter.write(path, {"a": torch.full((1,), value)}, {}, {})
+        if not recorded:
+            manifest = msgspec.json.decode((run / "manifest.json").read_bytes())
+            del manifest["drafters"]
+            (run / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+        with pytest.raises(UserError) as refused:
+            runner.execute(plan, run, lambda event: None)
+        said.append(str(refused.value))
+        (run / "trials.jsonl").touch()
+    assert said[0] == said[1] == said[3] == "prepared"
+    assert f"the drafter of cell {cells[0].cell.id} was " in said[2]
+    assert said[2].endswith("give another --out")
+
+
 def test_a_drafter_of_other_weights_is_a_warning(ready: Ready, tmp_path: Path) -> None:
     path = tmp_path / "s3d.safetensors"
     drafter.write(path, {"a": torch.zeros(1)}, {}, {"model": "another", "weights_sha256": "0" * 64})
