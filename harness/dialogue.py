@@ -12,8 +12,10 @@ from harness.errors import UserError
 def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, system: str | None, raw: bool) -> list[int]:
     """Ids of `turns` with `answers` between them (one less), ready for the next answer.
 
-    `raw` leaves the chat template out. Raises UserError for a tokenizer that has none.
+    `raw` leaves the chat template out. Raises UserError for a tokenizer that has none, or whose template refuses this.
     """
+    from jinja2 import TemplateError
+
     if raw:
         said = chain.from_iterable(zip_longest(turns, answers, fillvalue=""))
         return list(tokenizer("\n\n".join(text for text in said if text)).input_ids)
@@ -24,14 +26,20 @@ def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, syst
         messages.append({"role": "user", "content": turn})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        advice = "add --raw" if system is None else "leave --system out, or add --raw"
+        reason = " ".join(str(error).split())
+        raise UserError(f"this model's chat template refuses the conversation ({reason}): {advice}") from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) -> list[int]:
     """`ids` at the end of exactly `context` tokens, the text before them repeated as often as it takes.
 
-    A first token that begins every text stays first. Raises UserError where the ids are too many.
+    A first token that begins every text, and nothing within it, stays first. Raises UserError where the ids are too
+    many.
     """
     missing = context - len(ids)
     if missing < 0:
@@ -39,7 +47,7 @@ def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) 
             f"a prompt of {len(ids)} tokens is longer than a context of {context}: give a larger --context, or leave "
             "long prompts out"
         )
-    begin = 1 if ids[:1] == [tokenizer.bos_token_id] else 0
+    begin = 1 if ids[:1] == [tokenizer.bos_token_id] and ids.count(ids[0]) == 1 else 0
     said = list(tokenizer("\n\n".join(filler), add_special_tokens=False).input_ids)
     before = said * (missing // len(said) + 1)
     return [*ids[:begin], *before[:missing], *ids[begin:]]

@@ -73,6 +73,11 @@ def metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return (json.loads(config_path.read_text()) if config_path.is_file() else {}), {}
 
 
+def files(path: Path) -> list[Path]:
+    """What a checkpoint is read from: the one file, or the weights and the configuration of a directory."""
+    return sorted((*path.glob("*.safetensors"), *path.glob("config.json"))) if path.is_dir() else [path]
+
+
 def tensors(path: Path) -> dict[str, Any]:
     """All tensors of a checkpoint, on the CPU. Raises UserError where only pickled weights exist."""
     from safetensors.torch import load_file

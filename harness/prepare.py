@@ -8,7 +8,9 @@ looks for what may mislead.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from harness.paths import cache_dir, write_atomically
 from harness.plan import Merge, Plan
 from harness.results import Roofline
 from harness.sampling import Sampler
+from harness.trunk import Layers
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import encoded, exact_float32, seat
 
@@ -53,7 +56,8 @@ def prepare(directory: Path, emit: child.Emit) -> None:
     exact_float32()
     loaded = load_precisely(plan)
     later = any(len(prompt.turns) > 1 for prompt in plan.prompt_set.prompts)
-    refuse_what_does_not_fit(plan, loaded, {})  # at once, before answers that would not fit either are written
+    unwritten = {prompt.id: [""] * (len(prompt.turns) - 1) for prompt in plan.prompt_set.prompts}
+    refuse_what_does_not_fit(plan, loaded, unwritten)  # at once, before answers that would not fit either are written
     kept = write_atomically(directory / "first_answers.json", cached_answers(plan, loaded, emit) if later else b"{}")
     refuse_what_does_not_fit(plan, loaded, msgspec.json.decode(kept, type=Answers))
     merges = {one.cell.weights: one.merge for one in plan.cells if one.merge is not None and one.unsupported is None}
@@ -187,13 +191,25 @@ def company(device: str) -> list[str]:
 
 
 def cached_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> bytes:
-    """The answers as JSON, written once for these weights, prompts and settings."""
-    identity = [loaded.sha256, loaded.bits.id, plan.prompt_set.sha256, plan.system, plan.raw, plan.max_new_tokens]
+    """The answers as JSON, written once for these weights, texts, prompts and settings."""
+    identity = [
+        *(loaded.sha256, loaded.bits.id, tokenizer_sha256(loaded.tokenizer)),
+        sorted(chat.end_ids(loaded.model, loaded.tokenizer)),
+        *(plan.prompt_set.sha256, plan.system, plan.raw, plan.max_new_tokens),
+    ]
     key = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
     path = cache_dir() / "first_answers" / f"{key}.json"
     if path.is_file():
         return path.read_bytes()
     return write_atomically(path, msgspec.json.encode(first_answers(plan, loaded, emit)))
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of what makes ids of a text: the tokenizer's own file where it has one, its special tokens, the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    parts = [type(tokenizer).__name__, own, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def first_answers(plan: Plan, loaded: LoadedModel, emit: child.Emit) -> Answers:
@@ -225,17 +241,32 @@ def greedy(model: Any, prompt: list[int], limits: Limits) -> list[int]:
 def merged(
     base: ModelSource, base_sha256: str, merge: Merge, emit: child.Emit, *, trust_remote_code: bool = False
 ) -> ModelSource:
-    """A float32 checkpoint of the base plus the method's deltas, in the cache."""
+    """A float32 checkpoint of the base plus the method's deltas, in the cache.
+
+    Raises UserError for a drafter whose deltas are not this target's.
+    """
     path = Path(merge.drafter)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     key = hashlib.sha256(f"{base_sha256} {merge.method} {weights.weights_sha256(files)}".encode()).hexdigest()[:32]
     directory = cache_dir() / "merged" / key
     if not directory.is_dir():
         emit(child.Preparing(f"merging {path.name} into the target"))
+        deltas = method.find(merge.method).deltas(path)
         loaded = weights.load(base, Bits(32), device="cpu", trust_remote_code=trust_remote_code)
         parameters = dict(loaded.model.named_parameters())
-        for name, delta in method.find(merge.method).deltas(path).items():
-            parameters[name if name in parameters else f"model.{name}"].data += delta
+        full = {name: name if name in parameters else f"model.{name}" for name in deltas}
+        foreign = f"the {merge.method} drafter {path} was trained for another model than {base.name}"
+        for name, delta in deltas.items():
+            if full[name] not in parameters or parameters[full[name]].shape != delta.shape:
+                shape = " x ".join(map(str, delta.shape))
+                raise UserError(f"{foreign}, which has no {name} of shape {shape}: name another drafter")
+        adapted = {int(found[1]) for name in deltas if (found := re.match(r"layers\.(\d+)\.", name))}
+        depth = loaded.model.config.get_text_config().num_hidden_layers
+        front, back = drafter.metadata(path)[0].get("keep") or (depth, 0)
+        if front + back > depth or not adapted <= {*Layers.ends(front, back, depth).indices}:
+            raise UserError(f"{foreign}, whose {depth} layers begin and end elsewhere: name another drafter")
+        for name, delta in deltas.items():
+            parameters[full[name]].data += delta
         partial = directory.with_name(f"{key}.{os.getpid()}.partial")
         loaded.model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)

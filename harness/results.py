@@ -282,6 +282,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     host: dict[str, Any] = {}
     versions: dict[str, str] = {}
     training: list[Training] = []
+    drafters: dict[str, str] | None = None
+    "SHA-256 of each cell's drafter, by the cell's id; None in runs that did not record it"
     quality: list[Quality] = []
     "of every target that is not the base weights at 32 bits"
     roofline: Roofline | None = None

@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.plan import PUBLISHABLE_ROUNDS, Job, Plan, RunJob
 from harness.results import Manifest, Outcome, Training, read_run, write_manifest
 from harness.stopping import Pace
-from harness.weights import ModelSource
+from harness.weights import ModelSource, weights_sha256
 
 IDENTITY = (
     *("model", "prompt_set", "prompt_set_sha256", "rounds", "seed", "temperature", "top_p", "max_new_tokens"),
@@ -178,6 +178,7 @@ def _manifest(plan: Plan, run: str, command: Sequence[str]) -> Manifest:
         host=host.facts(plan.device),
         versions=host.versions(),
         training=_training(plan),
+        drafters=_drafters(plan),
     )
 
 
@@ -195,6 +196,12 @@ def _differences(begun: Manifest, now: Manifest) -> list[str]:
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in before | after
         if before.get(name) != after.get(name)
+    ]
+    known, found = begun.drafters or {}, now.drafters or {}
+    words += [
+        f"the drafter of cell {id} was {known[id]}, now {found[id]}"
+        for id in sorted(known.keys() & found.keys())
+        if known[id] != found[id]
     ]
     if begun.training != now.training:
         words.append("a drafter has been trained anew")
@@ -214,6 +221,14 @@ def _training(plan: Plan) -> list[Training]:
         with suppress(msgspec.ValidationError):  # somebody else's checkpoint, which says nothing about its training
             found.append(msgspec.convert(told, Training))
     return found
+
+
+def _drafters(plan: Plan) -> dict[str, str]:
+    """SHA-256 of what each cell drafts with, by the cell's id; nothing for a shape, whose drafters are random."""
+    if plan.model.kind == "shape":
+        return {}
+    paths = {one.cell.id: Path(one.drafter) for one in plan.cells if one.drafter is not None}
+    return {id: weights_sha256(drafter.files(path)) for id, path in paths.items() if path.exists()}
 
 
 def _prepare(plan: Plan, directory: Path, on_event: child.Emit) -> child.Prepared:

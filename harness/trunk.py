@@ -265,11 +265,28 @@ class DraftHead:
     """
 
     def __init__(self, trunk: Trunk, ids_V: Tensor | None, own_VD: Tensor | None = None) -> None:
+        """Raises ValueError for ids that the target does not have, and for an own head of another shape."""
         self.trunk = trunk
         self.ids_V = None if ids_V is None else ids_V.to(trunk.device, torch.long)
+        known = ids_V is None or ids_V.is_meta or bool(((ids_V >= 0) & (ids_V < trunk.vocabulary)).all())
+        if not known:
+            raise ValueError(
+                f"this drafter's vocabulary has ids outside the target's {trunk.vocabulary}: name a drafter that was "
+                "trained for this target"
+            )
         self.weight_VD = None if self.ids_V is None else trunk.head_rows(self.ids_V)
         if own_VD is not None:
+            self.refuse_misfit(own_VD)
             self.weight_VD = own_VD.to(trunk.device, trunk.dtype)
+
+    def refuse_misfit(self, own_VD: Tensor) -> None:
+        """Raises ValueError for an output head that is not one row an id, as wide as the target."""
+        rows, width = self.trunk.vocabulary if self.ids_V is None else self.ids_V.shape[0], self.trunk.width
+        if own_VD.shape != (rows, width):
+            raise ValueError(
+                f"this drafter's output head is {' x '.join(map(str, own_VD.shape))}, where {rows} tokens x {width} "
+                "features are needed: name a drafter that was trained for this target"
+            )
 
     @property
     def bytes(self) -> int:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class Bits(msgspec.Struct, frozen=True):
         """`32`, `16`, `int8:t6` or `nf4`: targets whose ids differ have different baselines."""
         match self.width:
             case 8:
-                return f"int8:t{self.threshold:g}"
+                return f"int8:t{Decimal(repr(self.threshold)):f}".removesuffix(".0")
             case 4:
                 return "nf4"
             case width:
@@ -68,7 +69,7 @@ class Bits(msgspec.Struct, frozen=True):
                 return cls(16)
             case "4" | "nf4":
                 return cls(4)
-            case other if found := re.fullmatch(r"(?:8|int8)(?::t(\d+(?:\.\d+)?))?", other):
+            case other if found := re.fullmatch(r"(?:8|int8)(?::t([0-9]{1,9}(?:\.[0-9]{1,9})?))?", other):
                 return cls(8, float(found[1] or INT8_THRESHOLD))
         raise UserError(
             f"unknown precision {text!r}: choose 32, 16, 8 (LLM.int8; outlier threshold {INT8_THRESHOLD:g}, or as in "
@@ -214,10 +215,12 @@ def _directory(source: ModelSource, trust_remote_code: bool) -> Path:
 
 def _from_hub(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except HFValidationError as error:
+        raise UserError(f"{repository} is no hub id ({_first_line(error)}): give org/name, or a directory") from error
     except GatedRepoError as error:
         raise UserError(f"{repository} is gated: ask for access on its page, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -85,7 +85,7 @@ class Medusa(Method):
         tensors = checkpoint.tensors(drafter)
         config, _ = checkpoint.metadata(drafter)
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
-        heads = heads_from(tensors, options.heads).to(target.device, target.trunk.dtype)
+        heads = heads_from(tensors, options.heads, head).to(target.device, target.trunk.dtype)
         count = len(heads.blocks)
         chain = [(0,) * depth for depth in range(1, count + 1)]
         paths = best_paths(checkpoint.rank_accuracy(config, count), options.nodes) if options.nodes else chain
@@ -123,26 +123,41 @@ class Medusa(Method):
         return MedusaTrainee(trunk, options, vocabulary_V)
 
 
-def heads_from(tensors: dict[str, Tensor], limit: int | None) -> Heads:
+def heads_from(tensors: dict[str, Tensor], limit: int | None, head: DraftHead) -> Heads:
     """Heads from a checkpoint's tensors: `{i}.{j}.linear.weight|bias` and, with output heads, `{i}.{last}.weight`.
 
-    The heads are counted from the keys: the config.json of the original checkpoints names fewer than there are.
+    The heads are counted from the keys: the config.json of the original checkpoints names fewer than there are. Raises
+    ValueError for heads that do not fit the target, whose output `head` is, and for a `limit` above their number.
     """
     tensors = {re.sub(r"^medusa_head\.", "", name): tensor for name, tensor in tensors.items()}
     linear = [re.fullmatch(r"(\d+)\.(\d+)\.linear\.weight", name) for name in tensors]
     found = [(int(match[1]), int(match[2])) for match in linear if match]
     if not found:
         raise ValueError("not a Medusa checkpoint: it has no tensor named `0.0.linear.weight`")
-    count = min(1 + max(i for i, _ in found), limit or 10**6)
+    trained, width = 1 + max(i for i, _ in found), head.trunk.width
+    count = trained if limit is None else limit
+    if count > trained:
+        raise ValueError(f"this medusa drafter has {trained} heads: heads={count} is out of range")
     blocks = 1 + max(j for _, j in found)
     own = tensors.get(f"0.{blocks}.weight")
-    heads = Heads(count, blocks, tensors["0.0.linear.weight"].shape[0], None if own is None else own.shape[0])
-    state = {
-        f"blocks.{i}.{j}.{part}": tensors[f"{i}.{j}.linear.{part}"]
+    heads = Heads(count, blocks, width, None if own is None else own.shape[0])
+    named = {
+        f"blocks.{i}.{j}.{part}": f"{i}.{j}.linear.{part}"
         for i in range(count) for j in range(blocks) for part in ("weight", "bias")
     }  # fmt: skip
     if own is not None:
-        state |= {f"outputs.{i}.weight": tensors[f"{i}.{blocks}.weight"] for i in range(count)}
+        named |= {f"outputs.{i}.weight": f"{i}.{blocks}.weight" for i in range(count)}
+    if lacking := [name for name in named.values() if name not in tensors]:
+        raise ValueError(f"this medusa drafter lacks {lacking[0]}: name a complete one")
+    state = {name: tensors[stored] for name, stored in named.items()}
+    for name, tensor in state.items():
+        if name.startswith("outputs."):
+            head.refuse_misfit(tensor)
+        elif tensor.shape[0] != width or tensor.shape[-1] != width:
+            raise ValueError(
+                f"this medusa drafter's heads are {tensor.shape[0]} features wide and the target is {width}: name a "
+                "drafter that was trained for this target"
+            )
     heads.load_state_dict(state)
     return heads
 

@@ -23,6 +23,7 @@ from harness.adapters import LoRA
 from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, RankedTree, best_of, best_paths, chain
+from harness.errors import UserError
 from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
@@ -76,13 +77,19 @@ class S3D(Method):
 
     @classmethod
     def deltas(cls, drafter: Path) -> dict[str, Tensor]:
+        mode = checkpoint.metadata(drafter)[0].get("mode")
+        if mode != "shared":
+            raise UserError(
+                f"the s3d drafter {drafter} was trained for mode={mode}, whose LoRA is no part of the target: name one "
+                "that was trained for mode=shared"
+            )
         tensors = checkpoint.tensors(drafter)
         names = {name.removesuffix(".a") for name in tensors if name.endswith(".a")}
         return {
             f"layers.{name.removeprefix('pairs.').replace('/', '.')}.weight": (
                 tensors[f"{name}.b"].float() @ tensors[f"{name}.a"].float()
             )
-            for name in names
+            for name in sorted(names)
         }
 
     @classmethod

@@ -266,6 +266,12 @@ def test_an_eagle_checkpoint_that_does_not_fit_says_what_is_wrong(tmp_path: Path
     normed = tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(16)}
     with pytest.raises(ValueError, match="not known here"):
         load("eagle", target, directory(tmp_path / "normed", normed, SIZES))
+    headless = tensors | {"lm_head.weight": tensors["lm_head.weight"][:-1]}
+    with pytest.raises(ValueError, match="output head is 40 x 64, where 41 tokens x 64 features"):
+        load("eagle", target, directory(tmp_path / "headless", headless, SIZES))
+    beyond = tensors | {"d2t": tensors["d2t"] + VOCAB}
+    with pytest.raises(ValueError, match="ids outside the target's 128"):
+        load("eagle", target, directory(tmp_path / "beyond", beyond, SIZES))
     scaled = SIZES | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     with pytest.raises(ValueError, match="scaled rotary"):
         load("eagle", target, directory(tmp_path / "scaled", tensors, scaled))
@@ -274,12 +280,14 @@ def test_an_eagle_checkpoint_that_does_not_fit_says_what_is_wrong(tmp_path: Path
 # --- Medusa -----------------------------------------------------------------------------------------------------------
 
 
-def medusa_tensors(heads: int, blocks: int, prefix: str = "") -> dict[str, Tensor]:
+def medusa_tensors(
+    heads: int, blocks: int, prefix: str = "", *, width: int = 64, vocabulary: int = VOCAB
+) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(heads):
         for j in range(blocks):
-            shapes |= {f"{prefix}{i}.{j}.linear.weight": (64, 64), f"{prefix}{i}.{j}.linear.bias": (64,)}
-        shapes[f"{prefix}{i}.{blocks}.weight"] = (VOCAB, 64)
+            shapes |= {f"{prefix}{i}.{j}.linear.weight": (width, width), f"{prefix}{i}.{j}.linear.bias": (width,)}
+        shapes[f"{prefix}{i}.{blocks}.weight"] = (vocabulary, width)
     return random_tensors(shapes)
 
 
@@ -313,6 +321,24 @@ def test_what_is_no_medusa_checkpoint_is_refused(tmp_path: Path) -> None:
     path = directory(tmp_path / "eagle", eagle1_tensors(False), {})
     with pytest.raises(ValueError, match="not a Medusa checkpoint"):
         load("medusa", Target(tiny("llama"), capacity=CAPACITY), path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "heads", "said"),
+    [
+        (medusa_tensors(2, 1, vocabulary=VOCAB + 8), None, "output head is 136 x 64, where 128 tokens x 64 features"),
+        (medusa_tensors(2, 1, width=32), None, "heads are 32 features wide and the target is 64"),
+        (medusa_tensors(2, 1), 9, "has 2 heads: heads=9 is out of range"),
+        ({name: t for name, t in medusa_tensors(2, 1).items() if name != "1.0.linear.bias"}, None, "lacks 1.0.linear"),
+        (medusa_tensors(2, 1) | {"vocabulary": DRAFT_IDS}, None, "where 41 tokens x 64 features"),
+    ],
+)
+def test_medusa_heads_of_another_target_are_refused(
+    tensors: dict[str, Tensor], heads: int | None, said: str, tmp_path: Path
+) -> None:
+    path = directory(tmp_path / "medusa", tensors, {})
+    with pytest.raises(ValueError, match=said):
+        load("medusa", Target(tiny("llama"), capacity=CAPACITY), path, **({} if heads is None else {"heads": heads}))
 
 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCAB, tiny
 
 from harness import smollm2, weights
@@ -104,7 +106,17 @@ def test_precision_has_an_identity_that_parses_to_itself(text: str, identity: st
     assert Bits.parse(identity) == Bits.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "7", "8:6", "8:t", "8:t-1", "16:t6", "fp8", "nf4:t0"])
+@given(st.from_regex(r"[0-9]{1,9}(\.[0-9]{1,9})?", fullmatch=True))
+@example("1000000.0")
+@example("0.00001")
+@example("6.1234567")
+def test_every_threshold_survives_its_identity(threshold: str) -> None:
+    bits = Bits.parse(f"8:t{threshold}")
+    assert bits.threshold == float(threshold)
+    assert Bits.parse(bits.id) == bits
+
+
+@pytest.mark.parametrize("text", ["", "7", "8:6", "8:t", "8:t-1", "8:t1e3", f"8:t{10**400}", "16:t6", "fp8", "nf4:t0"])
 def test_unknown_precision_is_answered_with_the_choices(text: str) -> None:
     assert "choose 32, 16, 8" in refusal(lambda: Bits.parse(text))
 
@@ -319,6 +331,12 @@ def test_a_hub_that_does_not_give_the_model_is_explained(
     said = refusal(lambda: weights.load(weights.resolve("org/model"), Bits(32), device="cpu"))
     assert "org/model" in said
     assert advice in said
+
+
+def test_a_name_that_the_hub_cannot_have_is_explained() -> None:
+    said = refusal(lambda: weights.load(weights.resolve("org/my--model"), Bits(32), device="cpu"))
+    assert said.startswith("org/my--model is no hub id (")
+    assert said.endswith("): give org/name, or a directory")
 
 
 def test_the_hub_is_asked_for_safetensors_only_and_code_only_where_trusted(

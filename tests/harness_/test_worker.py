@@ -16,12 +16,13 @@ import msgspec
 import pytest
 import tiny_chat
 import torch
+from tiny import tiny
 
 import prompts
 from harness import child, dialogue, drafter, host, meters, prepare, runner, weights, worker
 from harness.errors import UserError
 from harness.memory import attribute
-from harness.plan import Job, Plan, Turn, plan, read_request
+from harness.plan import Job, Merge, Plan, Turn, plan, read_request
 from harness.results import Trial, append_trial, read_trials
 from harness.runtime import CaptureError
 from harness.weights import Bits, ModelSource
@@ -233,11 +234,56 @@ def test_a_merged_target_is_the_base_plus_the_deltas(ready: Ready) -> None:
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("mode", "changes", "said"),
+    [
+        ("gated", {}, "was trained for mode=gated"),
+        ("shared", {"num_hidden_layers": 6}, "trained for another model than toy, which has no layers.4"),
+        ("shared", {"intermediate_size": 96}, "trained for another model than toy, which has no layers"),
+        ("shared", {"num_hidden_layers": 3}, "trained for another model than toy, whose 4 layers"),
+    ],
+)
+def test_a_drafter_of_another_mode_or_model_is_not_merged(
+    mode: str, changes: dict[str, int], said: str, ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    vocabulary = weights.load(ready.plan.model, Bits(32), device="cpu").model.config.vocab_size
+    made = bench.trainee("s3d", tiny("llama", vocab_size=vocabulary, **changes), mode=mode, keep="1+2")
+    merge = Merge("s3d", str(bench.write(tmp_path / "foreign.safetensors", made)))
+    with pytest.raises(UserError, match=said):
+        prepare.merged(ready.plan.model, "0" * 64, merge, lambda event: None)
+    assert not list((tmp_path / "cache").glob("merged/*"))
+
+
 def test_first_answers_are_made_once(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "first_answers", lambda *_: pytest.fail("made again"))
     events: list[child.Event] = []
     prepare.prepare(ready.directory, events.append)
     assert events[-1] == ready.prepared
+
+
+def test_first_answers_are_made_again_for_another_template_tokenizer_or_end(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(plan: Plan, loaded: weights.LoadedModel, emit: child.Emit) -> prepare.Answers:
+        times.append(1)
+        return {}
+
+    times: list[int] = []
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(prepare, "first_answers", made)
+    for change in (
+        lambda tokenizer, model: None,
+        lambda tokenizer, model: setattr(tokenizer, "chat_template", "{{ messages[0].content }}"),
+        lambda tokenizer, model: tokenizer.add_tokens(["Count"]),
+        lambda tokenizer, model: setattr(model.generation_config, "eos_token_id", [3, 4]),
+    ):
+        loaded = weights.load(ready.plan.model, Bits(32), device="cpu")
+        change(loaded.tokenizer, loaded.model)
+        before = len(times)
+        for _ in range(2):
+            prepare.cached_answers(ready.plan, loaded, lambda event: None)
+        assert len(times) == before + 1
 
 
 def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +298,35 @@ def test_a_run_that_measured_nothing_yet_may_change_its_plan(ready: Ready, monke
     (ready.directory / "refused" / "trials.jsonl").touch()
     with pytest.raises(UserError, match="raw was True, now False"):
         runner.execute(ready.plan, ready.directory / "refused", lambda event: None)
+
+
+def test_a_run_does_not_go_on_with_another_drafter(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither file says how it was trained. A run that did not record its drafters goes on."""
+
+    def refuse(module: str, argument: Path, log: Path, on_event: child.Emit, environment: object) -> int:
+        on_event(child.Refused("prepared"))
+        return 2
+
+    monkeypatch.setattr(child, "run", refuse)
+    path, run = tmp_path / "medusa.safetensors", tmp_path / "run"
+    cells = (msgspec.structs.replace(ready.plan.cells[0], drafter=str(path)),)
+    plan, said = msgspec.structs.replace(ready.plan, cells=cells), []
+    for value, recorded in ((1.0, True), (1.0, True), (2.0, True), (2.0, False)):
+        if len(said) != 1:
+            drafter.write(path, {"a": torch.full((1,), value)}, {}, {})
+        if not recorded:
+            manifest = msgspec.json.decode((run / "manifest.json").read_bytes())
+            del manifest["drafters"]
+            (run / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+        with pytest.raises(UserError) as refused:
+            runner.execute(plan, run, lambda event: None)
+        said.append(str(refused.value))
+        (run / "trials.jsonl").touch()
+    assert said[0] == said[1] == said[3] == "prepared"
+    assert f"the drafter of cell {cells[0].cell.id} was " in said[2]
+    assert said[2].endswith("give another --out")
 
 
 def test_a_drafter_of_other_weights_is_a_warning(ready: Ready, tmp_path: Path) -> None:
@@ -309,6 +384,8 @@ def test_a_first_token_that_begins_every_text_stays_first(ready: Ready) -> None:
     begin = tokenizer.bos_token_id
     assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6)[0::5] == [begin, 8]
     assert dialogue.padded(tokenizer, [begin, 9, 8], ["Hi."], 6).count(begin) == 1
+    messages = [begin, 9, 8, begin, 7]
+    assert dialogue.padded(tokenizer, messages, ["Hi."], 9)[-5:] == messages, "it begins every message"
 
 
 def test_on_a_cpu_a_cell_over_the_budget_is_a_row(ready: Ready) -> None:
@@ -369,6 +446,30 @@ def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> Non
         dialogue.encode(tokenizer, ["Hello."], [], system=None, raw=False)
     ids = dialogue.encode(tokenizer, ["Hello.", "More."], ["Hi!"], system=None, raw=True)
     assert tokenizer.decode(ids) == "Hello.\n\nHi!\n\nMore."
+
+
+STRICT = (
+    "{% for message in messages %}{% if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('Roles must\nalternate') }}{% endif %}{{ message['content'] }}<|end|>{% endfor %}"
+)
+
+
+def test_later_turns_are_prepared_for_a_template_whose_roles_alternate(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    model = tiny_chat.save(tmp_path / "strict")
+    (model / "chat_template.jinja").write_text(STRICT)
+    source = ModelSource("strict", str(model), "local")
+    cells = tuple(one for one in ready.plan.cells if one.merge is None)
+    strict = msgspec.structs.replace(ready.plan, model=source, cells=cells, max_new_tokens=4)
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(strict))
+    events: list[child.Event] = []
+    prepare.prepare(tmp_path, events.append)
+    assert isinstance(events[-1], child.Prepared)
+    (tmp_path / "plan.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(strict, system="Be brief.")))
+    with pytest.raises(UserError, match=r"refuses the conversation \(Roles must alternate\): leave --system out"):
+        prepare.prepare(tmp_path, events.append)
 
 
 def test_pieces_of_a_text_join_to_it(ready: Ready) -> None:
