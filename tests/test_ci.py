@@ -20,7 +20,7 @@ STEPS = {step["name"]: step for step in ACTION["runs"]["steps"]}
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FAKE_GH = """#!/bin/sh
 printf '%s\\n' "$*" >> "$CALLS"
-case "$*" in *--paginate*) echo "$COMMENTS";; *PATCH*9*) exit 1;; esac
+case "$*" in *--paginate*) echo "$COMMENTS";; *PATCH*"comments/9 "*) exit 1;; esac
 """
 "finds the comments that the test says are there, and cannot edit comment 9"
 
