@@ -2,8 +2,8 @@
 
 Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
 model's own: joined ones lie one after another in memory, and the model's own layers look at their parts (plain ones
-until `apart`).
-In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once less.
+until `apart`). In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once
+less.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from harness.attention import Slots, attend
 
 FORMS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 "model types whose attention and MLP are these: query, key and value projected and rotated apart; a gated MLP"
-
-
 SMALL_BYTES = 8 * 2**20
 """of a weight that one token reads by a kernel of the compiler's own: those of cuBLAS take 4 us at least (H200)"""
 
