@@ -54,11 +54,8 @@ def constant_chance(tau: float, depths: int) -> float | None:
     """The chance at each of `depths` depths that gives `tau` tokens per round; 1 where none does, None for no depth."""
     if depths < 1:
         return None
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_tau([middle] * depths) < tau else (low, middle)
-    return high
+    found = even_chance(tau, {depths: 1})
+    return 1.0 if found is None else found
 
 
 def even_chance(tau: float, passes: Mapping[int, int]) -> float | None:

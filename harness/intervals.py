@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import log
 from statistics import geometric_mean, stdev
 from typing import Any
@@ -91,6 +92,7 @@ class Samples:
     def keys(self) -> Iterator[tuple[str, int, int]]:
         return zip(self.prompt.tolist(), self.turn.tolist(), self.round.tolist(), strict=True)
 
+    @cached_property
     def turns(self) -> list[int]:
         """A number for each entry, the same for those of the same turn of the same prompt."""
         numbers: dict[tuple[str, int], int] = {}
@@ -122,29 +124,31 @@ def _figures(own: Samples, base: Samples | None) -> Figures:
     if own.knows_memory:
         found["peak_bytes"] = Both(_mean_of_peaks(own, own.round), _mean_of_peaks(own, own.prompt))
         found["per_gib"] = _rate(own, own.tokens, own.held().seconds)
-    if base is None or not len(own.paired(base)[0].tokens):
+    if base is None:
         return found
-    found["speedup"] = _against(own, base)
+    mine, theirs = own.paired(base)
+    if not len(mine.tokens):
+        return found
+    found["speedup"] = _against(mine, theirs)
     if own.knows_memory and base.knows_memory:
-        mine, theirs = own.paired(base)
         found["per_gib_relative"] = _against(mine.held(), theirs.held())
     return found
 
 
-def _against(own: Samples, base: Samples) -> Both:
-    mine, theirs = own.paired(base)
+def _against(mine: Samples, theirs: Samples) -> Both:
+    """Of pairs."""
     rounds, prompts = (
         (_sums(unit, mine.tokens, mine.seconds), _sums(unit, theirs.tokens, theirs.seconds))
         for unit in (mine.round, mine.prompt)
     )
     sides = (Ratio(side.tokens.tolist(), side.seconds.tolist()) for side in (mine, theirs))
-    standing = standings(mine.round.tolist(), mine.turns(), *sides)
+    standing = standings(mine.round.tolist(), mine.turns, *sides)
     return Both(ratio_interval_over_rounds(*rounds, standing=standing), bootstrap_over_prompts(*prompts))
 
 
 def _rate(own: Samples, amount: Column, per: Column) -> Both:
     rounds, prompts = (_sums(unit, amount, per) for unit in (own.round, own.prompt))
-    standing = standings(own.round.tolist(), own.turns(), Ratio(amount.tolist(), per.tolist()))
+    standing = standings(own.round.tolist(), own.turns, Ratio(amount.tolist(), per.tolist()))
     return Both(
         ratio_interval_over_rounds(rounds, [1.0] * len(rounds.amount), standing=standing),
         bootstrap_over_prompts(prompts, [1.0] * len(prompts.amount)),

@@ -361,7 +361,7 @@ def _row(own: Measured, base: Measured | None, manifest: Manifest, judged: Margi
         end_to_end_tokens_per_second=_sum_ratio(good.new_tokens, good.prefill_seconds + good.decode_seconds),
         first_token_seconds=_present(good.prefill_seconds.median()),
         round_seconds=_percentiles([seconds for trial in own.ok for seconds in trial.round_seconds or ()]),
-        speed_by_round=_speed_by_round(good),
+        speed_by_round={int(one): rate for one, rate in rate_by_round(good, "decode_tokens", "decode_seconds").items()},
         **_against(own, base),
         tau=_sum_ratio(good.decode_tokens, good.verify_passes),
         tau_prompt_mean=_present(_per_prompt(good, "decode_tokens", "verify_passes").mean()),
@@ -673,17 +673,15 @@ def _sum_ratio(amount: pd.Series[float], per: pd.Series[float]) -> float | None:
     return float(amount[both].sum()) / total if total > 0 else None
 
 
-def _speed_by_round(good: pd.DataFrame) -> dict[int, float]:
-    """As fast as each round was on the turns it has, against all rounds on these."""
-    some = good[(good.decode_tokens > 0) & (good.decode_seconds > 0)]
+def rate_by_round(good: pd.DataFrame, amount: str, per: str) -> dict[Any, float]:
+    """Of the trials that have both: each round's rate on the turns it has, against that of all rounds on these."""
+    some = good[(good[amount] > 0) & (good[per] > 0)]
     if some.empty:
         return {}
-    sums = some.groupby("round")[["decode_tokens", "decode_seconds"]].sum()
-    speeds = sums.decode_tokens / sums.decode_seconds
-    own = Ratio(some.decode_tokens.tolist(), some.decode_seconds.tolist())
-    standing = standings(some["round"].tolist(), turn_numbers(some), own)
-    evened = speeds.to_numpy(float) / standing
-    return dict(zip(map(int, speeds.index), evened.tolist(), strict=True))
+    sums = some.groupby("round")[[amount, per]].sum()
+    both = Ratio(some[amount].tolist(), some[per].tolist())
+    evened = (sums[amount] / sums[per]).to_numpy(float) / standings(some["round"].tolist(), turn_numbers(some), both)
+    return dict(zip(sums.index, evened.tolist(), strict=True))
 
 
 def _per_prompt(frame: pd.DataFrame, amount: str, per: str) -> pd.Series[float]:

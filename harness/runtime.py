@@ -73,13 +73,15 @@ class FixedRuntime(Runtime):
     def __init__(self, name: str) -> None:
         self.name = name
         self.caches: list[KVCache] = []
+        self._made: Callable[..., Any] = compiled if name == "compile" else as_it_is
+        "what this runtime makes of a function"
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
-        cache.fix(scratch, compiled if self.name == "compile" else as_it_is)
+        cache.fix(scratch, self._made)
         self.caches.append(cache)
 
     def compiled(self, function: F) -> F:
-        return compiled(function) if self.name == "compile" else function
+        return self._made(function)  # type: ignore[no-any-return]
 
     @property
     def captures(self) -> int:

@@ -10,9 +10,9 @@ import pandas as pd
 
 from harness import metrics
 from harness.decomposition import quiet_pass_seconds
-from harness.metrics import Row, pairs_of, sides_by, standings_of, trial_frame, turn_numbers
+from harness.metrics import Row, pairs_of, sides_by, standings_of, trial_frame
 from harness.results import BASELINE, Cell, Run, Trial
-from harness.stats import Ratio, standings
+from harness.stats import Ratio
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,7 @@ class Own:
         ]
 
     def _rates(self, amount: str, per: str) -> list[float]:
-        some = self.good[(self.good[amount] > 0) & (self.good[per] > 0)]
-        if some.empty:
-            return []
-        sums = some.groupby("round")[[amount, per]].sum()
-        both = Ratio(some[amount].tolist(), some[per].tolist())
-        standing = standings(some["round"].tolist(), turn_numbers(some), both)
-        return [float(rate) / share for rate, share in zip(sums[amount] / sums[per], standing, strict=True)]
+        return list(metrics.rate_by_round(self.good, amount, per).values())
 
     @cached_property
     def tau_by_prompt(self) -> Ratio:

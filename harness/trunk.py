@@ -143,8 +143,7 @@ class Trunk:
         numbered as transformers' `hidden_states`. positions_M may also be (B, M).
         """
         wanted, tapped = frozenset(taps), {}
-        fixed = isinstance(view, FixedView)
-        own, run = (self.fixed, self._run_fixed) if fixed else (self.layers, run_layer)
+        own, run = (self.fixed, self._run_fixed) if isinstance(view, FixedView) else (self.layers, run_layer)
         positions = positions_M if positions_M.dim() == 2 else positions_M[None]
         turns: dict[tuple[str | None, torch.device], Any] = {}
         embedded_BMD = hidden_BMD
