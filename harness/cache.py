@@ -81,6 +81,10 @@ class KVCache:
         """Slots that a forward at fixed addresses looks at."""
         return min(bucket(self.length + self.scratch), self.capacity)
 
+    def reaching(self, scratch: int) -> int:
+        """Slots that forwards look at which end `scratch` slots beyond the length."""
+        return self.length + scratch if self._length is None else self.span
+
     def positions(self, at: int, size: int) -> Tensor:
         """Positions of the slots from `at` beyond the length on, (size,)."""
         device = self._stores[0].device

@@ -103,7 +103,9 @@ class RankedTree:
         return Draft(guesses_KR[self.depth_N, self.rank_N], self.shape)
 
 
-BLOCKS = (512, 256, 128)
+BLOCKS = (1024, 512, 256, 128)
+SORTED_AT_ONCE = 128
+"values of a row that torch sorts by one kernel in less time than its `topk` takes"
 
 
 def best_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -116,10 +118,19 @@ def best_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if block is None:
         best_RC, place_RC = scores_RV.topk(count, dim=-1)
         return best_RC, place_RC
-    some_RBC, inside_RBC = scores_RV.view(rows, -1, block).topk(count, dim=-1)
-    best_RC, which_RC = some_RBC.flatten(1).topk(count, dim=-1)
-    starts_B1 = torch.arange(0, width, block, device=scores_RV.device)[:, None]
-    return best_RC, (inside_RBC + starts_B1).flatten(1).gather(1, which_RC)
+    some_RBC, inside_RBC = scores_RV.view(rows, -1, block).topk(count, dim=-1, sorted=False)
+    places_RS = (inside_RBC + torch.arange(0, width, block, device=scores_RV.device)[:, None]).flatten(1)
+    best_RC, which_RC = best_of_few(some_RBC.flatten(1), count)
+    return best_RC, places_RS.gather(1, which_RC)
+
+
+def best_of_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` of each row, (.., count), best first, and where they are."""
+    if scores.shape[-1] > SORTED_AT_ONCE:
+        values, places = scores.topk(count, dim=-1)
+    else:
+        values, places = scores.sort(dim=-1, descending=True)
+    return values[..., :count], places[..., :count]
 
 
 def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[int, ...]]:
@@ -141,18 +152,20 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[in
 
 
 def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:
-    """A tree whose shape was decided on the device (EAGLE-2): `longest` gathers, and no copy to the host."""
+    """A tree whose shape was decided on the device (EAGLE-2), no deeper than `longest`."""
+    return Shape(*ancestry(parents_N, longest), longest)
+
+
+def ancestry(parents_N: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """parents_M, depth_M and ancestors_MM of such a tree, in `longest` gathers."""
     size = parents_N.shape[0] + 1
     parents_M = torch.cat((parents_N.new_zeros(1), parents_N))
-    nodes_M = torch.arange(size, device=parents_N.device)
-    ancestors_MM = torch.eye(size, dtype=torch.bool, device=parents_N.device)
-    depth_M = torch.zeros_like(nodes_M)
-    above_M = nodes_M
+    above = [torch.arange(size, device=parents_N.device)]
     for _ in range(longest):
-        depth_M = depth_M + (above_M != 0)
-        above_M = parents_M[above_M]
-        ancestors_MM.scatter_(1, above_M[:, None], True)
-    return Shape(parents_M, depth_M, ancestors_MM, longest)
+        above.append(parents_M[above[-1]])
+    ancestors_MM = torch.zeros(size, size, dtype=torch.bool, device=parents_N.device)
+    ancestors_MM.scatter_(1, torch.stack(above, dim=1), True)
+    return parents_M, ancestors_MM.sum(1) - 1, ancestors_MM
 
 
 @dataclass(frozen=True)

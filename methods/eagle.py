@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.attention import FixedView, Slots, View, attend, frequencies, rotary, view_of
+from harness.attention import FixedView, Slots, View, attend, bias, frequencies, rotary, view_of
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, best_of, chain, dynamic_tree
+from harness.draft import Draft, Drawn, Shape, ancestry, best_of, best_of_few, chain
 from harness.joined import Joined, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
@@ -42,6 +43,8 @@ class EagleOptions(Options, frozen=True, kw_only=True):
     "checkpoint: file, directory or hub id"
 
 
+Turns = tuple[Tensor, Tensor]
+"cosines and sines of positions, as `harness.joined.turning` gives them"
 READERS = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
@@ -80,34 +83,35 @@ class Layer(nn.Module):
         """The target's hidden states, concatenated -> what a step takes as g, (.., D)."""
         return tapped if self.generation == 1 else self.fc(tapped)
 
-    def frequencies(self, device: torch.device) -> Tensor:
-        """Of its rotary positions."""
-        return frequencies(self.head_width, self.base, device)
+    def turns(self, positions_BM: Tensor) -> Turns:
+        """Cosines and sines of positions, as a step takes them."""
+        return rotations(positions_BM, *self.rotation)
 
-    def forward(
-        self, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor | None = None
-    ) -> Tensor:
+    @property
+    def rotation(self) -> tuple[Tensor, torch.dtype]:
+        """What `rotations` takes beside positions."""
+        weight = self.fc.weight
+        return frequencies(self.head_width, self.base, weight.device), weight.dtype
+
+    def forward(self, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: View) -> Tensor:
         """One step at M positions: un-normed output features (B, M, D)."""
-        if frequencies_d is None:
-            frequencies_d = self.frequencies(g_BMD.device)
         if self.generation == 1:
             residual = read = self.fc(torch.cat((e_BMD, g_BMD), dim=-1))
         else:
             normed_BMD = self.hidden_norm(g_BMD)
             residual = normed_BMD if self.normed_residual else g_BMD
             read = torch.cat((self.input_layernorm(e_BMD), normed_BMD), dim=-1)
-        residual = residual + self._attention(read, positions_BM, view, frequencies_d)
+        residual = residual + self._attention(read, turns, view)
         x = self.post_attention_layernorm(residual)
         gate, up = self._read("gate_up", x).chunk(2, dim=-1)
         return residual + self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
-    def _attention(self, x: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, turns: Turns, view: View) -> Tensor:
         heads, kv_heads, scale = self.heads, self.kv_heads, 1 / math.sqrt(self.head_width)
         heads_BMHd = self._read("qkv", x).view(*x.shape[:-1], -1, self.head_width)
-        turn = turning(*rotary(positions_BM, frequencies_d, heads_BMHd.dtype))
         if isinstance(view, Slots):
-            return self.o_proj(turn_and_attend(heads_BMHd, kv_heads, *turn, view, scale))  # type: ignore[no-any-return]
-        turn_(heads_BMHd[:, :, : heads + kv_heads], *turn)
+            return self.o_proj(turn_and_attend(heads_BMHd, kv_heads, *turns, view, scale))  # type: ignore[no-any-return]
+        turn_(heads_BMHd[:, :, : heads + kv_heads], *turns)
         q, k, v = torch.split(heads_BMHd.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
         keys, values = view.store(0, k, v)
         causal = view.causal(0)
@@ -126,11 +130,65 @@ class Layer(nn.Module):
         return a if self.generation == 1 else self.norm(a)
 
 
-def run_step(
-    layer: Layer, g_BMD: Tensor, e_BMD: Tensor, positions_BM: Tensor, view: View, frequencies_d: Tensor
-) -> Tensor:
+def rotations(positions_BM: Tensor, frequencies_d: Tensor, dtype: torch.dtype) -> Turns:
+    return turning(*rotary(positions_BM, frequencies_d, dtype))
+
+
+def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: View) -> Tensor:
     """What a runtime may compile: one function for every drafting layer."""
-    return layer(g_BMD, e_BMD, positions_BM, view, frequencies_d)  # type: ignore[no-any-return]
+    return layer(g_BMD, e_BMD, turns, view)  # type: ignore[no-any-return]
+
+
+def best_children(logits_BV: Tensor, chance_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest rows of the head under each leaf, likeliest first, and the logarithms of their paths'
+    chances, (B, count) each."""
+    log_q_BV = torch.log_softmax(logits_BV, dim=-1, dtype=torch.float32)
+    rows_BR = best_of(logits_BV, count)[1]
+    return rows_BR, chance_B[:, None] + log_q_BV.gather(1, rows_BR)
+
+
+def grow(
+    ids_BR: Tensor, chance_BR: Tensor, a_BD: Tensor, bias_GBS: Tensor, slots_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The likeliest of all children become the leaves whose keys go to `slots_B`.
+
+    Their places among the children, chances, ids, parents' features, and what they see of the slots: what their parents
+    see, and themselves.
+    """
+    chance_B, child_B = best_of_few(chance_BR.flatten(), slots_B.shape[0])
+    parent_B = child_B // ids_BR.shape[1]
+    own_GB1 = slots_B[:, None].expand(bias_GBS.shape[0], -1, 1)
+    bias_GBS = bias_GBS.index_select(1, parent_B).scatter(2, own_GB1, 0.0)
+    return child_B, chance_B, ids_BR.flatten()[child_B], a_BD[parent_B], bias_GBS
+
+
+def rerank(ids_C: Tensor, chance_C: Tensor, leaf_R: Tensor, nodes: int, branch: int) -> tuple[Tensor, Tensor]:
+    """The `nodes` likeliest of all children tried, and their parents' scored positions.
+
+    Child c grew on leaf c // branch, which is child leaf_R - 1, or the root where leaf_R is 0.
+    """
+    # A child is never likelier than its parent and comes after it, so a stable order keeps parents first.
+    best_C = chance_C.sort(descending=True, stable=True).indices
+    keep_N = best_C[:nodes].sort().values
+    return ids_C[keep_N], torch.searchsorted(keep_N, leaf_R[keep_N // branch])
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What the steps of one draft have in common."""
+
+    slots_S: Tensor
+    both: Tensor
+    "keys and values up to the last of these slots at least"
+    cos: Tensor
+    sin: Tensor
+    "of the positions of each level"
+
+    def turns(self, level: int) -> Turns:
+        return self.cos[:, level : level + 1], self.sin[:, level : level + 1]
+
+    def view(self, slots: slice, bias_QS: Tensor) -> Slots:
+        return Slots(self.both, self.slots_S[slots], bias_QS)
 
 
 class Eagle(Method):
@@ -204,77 +262,84 @@ class Eagle(Method):
         return [scores.hidden[tap % (self.target.depth + 1)] for tap in self.taps]
 
     def _feed(self, tapped_RD: Sequence[Tensor], ids_R: Tensor) -> Tensor:
-        return self._step(self.layer.features(torch.cat(list(tapped_RD), dim=-1)), ids_R)
+        positions_R = self.cache.positions(0, ids_R.shape[0])
+        view: View = view_of(self.cache, 0, positions_R)
+        turns = self.target.runtime.compiled(rotations)(positions_R[None], *self.layer.rotation)
+        place = view.slots(0, self._groups) if isinstance(view, FixedView) else view
+        return self._run(self.layer.features(torch.cat(list(tapped_RD), dim=-1)), ids_R, turns, place)
 
-    def _step(
-        self, g_MD: Tensor, ids_M: Tensor, at: int = 0, depth: int | None = None, block_MA: Tensor | None = None
-    ) -> Tensor:
-        """Features after reading ids_M, whose keys go to the slots from `at` beyond the verified ones."""
-        positions_M = self.cache.positions(at, ids_M.shape[0])
-        if depth is not None:  # all of one level of a tree
-            positions_M = torch.full_like(positions_M, depth) + self.cache.here
-        view = view_of(self.cache, at, positions_M, block_MA)
+    def _run(self, g_MD: Tensor, ids_M: Tensor, turns: Turns, view: View) -> Tensor:
+        """Features after reading ids_M."""
         embedded = self.target.trunk.embed(ids_M)
-        if isinstance(view, FixedView):
-            slots = view.slots(0, self.layer.heads // self.layer.kv_heads)
-            step = self.target.runtime.compiled(run_step)
-            turns = self.layer.frequencies(g_MD.device)
-            return step(self.layer, g_MD[None], embedded[None], positions_M[None], slots, turns)[0]
-        return self.layer(g_MD[None], embedded[None], positions_M[None], view)[0]  # type: ignore[no-any-return]
+        run = self.target.runtime.compiled(run_step) if isinstance(view, Slots) else run_step
+        return run(self.layer, g_MD[None], embedded[None], turns, view)[0]
 
     def propose(self, tokens: Sequence[int]) -> Draft:
         return self.target.call("draft", self._tree if self.options.nodes else self._chain)
 
     def _chain(self) -> Draft:
+        depth = self.options.depth
+        ahead = self._ahead(depth - 1, depth - 1)
+        bias_SK = self._see(ahead, ahead.slots_S)
         a_1D = self.last_1D
         ids: list[Tensor] = []
         qs: list[Tensor] = []
-        for step in range(self.options.depth):
+        for step in range(depth):
             if step:
-                a_1D = self._step(a_1D, ids[-1], at=step - 1)
+                view = ahead.view(slice(step - 1, step), bias_SK[step - 1 : step].expand(self._groups, -1))
+                a_1D = self._run(a_1D, ids[-1], ahead.turns(step - 1), view)
             logits_1V = self.head.logits(self.layer.read_out(a_1D))
             if self.sampler.greedy:
                 ids.append(self.head.tokens(logits_1V.argmax(-1)))
             else:
                 qs.append(self.sampler.distribution(logits_1V))
                 ids.append(self.head.tokens(self.sampler.draw(qs[-1])))
-        shape = chain(self.options.depth, self.target.device)
+        shape = chain(depth, self.target.device)
         if self.sampler.greedy:
             return Draft(torch.cat(ids), shape)
-        rows = torch.arange(self.options.depth, device=self.target.device)
+        rows = torch.arange(depth, device=self.target.device)
         return Draft(torch.cat(ids), shape, Drawn.IID, torch.cat(qs), rows, self.head.ids_V)
 
     def _tree(self) -> Draft:
-        """EAGLE-2's expand and rerank. Node 0 is the pending token; a level's nodes see their ancestors only."""
-        branch, device = self.options.branch, self.target.device
-        ids, chances, parents = [], [], []
+        """EAGLE-2's expand and rerank. A leaf sees the verified tokens, its ancestors and itself."""
+        depth, branch, device = self.options.depth, self.options.branch, self.target.device
+        compiled = self.target.runtime.compiled
+        ahead = self._ahead(depth - 1, branch * (depth - 1))
+        bias_GBS = self._see(ahead, self.cache.positions(-1, 1)).expand(self._groups, 1, -1)
         a_BD, chance_B = self.last_1D, torch.zeros(1, device=device)
-        leaf_B = torch.zeros(1, dtype=torch.long, device=device)
-        seen_BA = torch.zeros(branch, 0, dtype=torch.bool, device=device)
-        size = 1
-        for level in range(self.options.depth):
-            log_q = torch.log_softmax(self.head.logits(self.layer.read_out(a_BD)).float(), dim=-1)
-            step_BR, rows_BR = best_of(log_q, branch)
-            total_BR = chance_B[:, None] + step_BR
-            ids.append(self.head.tokens(rows_BR).flatten())
-            chances.append(total_BR.flatten())
-            parents.append(leaf_B.repeat_interleave(branch))
-            if level + 1 == self.options.depth:
-                break
-            # A sort of so few is one kernel, and faster than `topk`.
-            chance_B, best_B = (part[:branch] for part in chances[-1].sort(descending=True))
-            parent_row_B = best_B // branch
-            seen_BA = seen_BA[parent_row_B] if level else seen_BA
-            seen_BA = torch.cat((seen_BA, torch.eye(branch, dtype=torch.bool, device=device)), dim=1)
-            a_BD = self._step(a_BD[parent_row_B], ids[-1][best_B], at=level * branch, depth=level, block_MA=seen_BA)
-            leaf_B, size = size + best_B, size + ids[-1].shape[0]
-        ids_C, chance_C, parents_C = torch.cat(ids), torch.cat(chances), torch.cat(parents)
-        # A child is never likelier than its parent and comes after it, so a stable order keeps parents first.
-        best_C = chance_C.sort(descending=True, stable=True).indices
-        keep_N = best_C[: self.options.nodes].sort().values
-        place_C = torch.zeros(ids_C.shape[0] + 1, dtype=torch.long, device=device)
-        place_C[keep_N + 1] = torch.arange(1, keep_N.shape[0] + 1, device=device)
-        return Draft(ids_C[keep_N], dynamic_tree(place_C[parents_C[keep_N]], self.options.depth))
+        ids: list[Tensor] = []
+        chances: list[Tensor] = []
+        leaves, tried = [torch.zeros(1, dtype=torch.long, device=device)], 0
+        for level in range(depth):
+            if level:
+                place = slice((level - 1) * branch, level * branch)
+                grown = compiled(grow)(ids[-1], chances[-1], a_BD, bias_GBS, ahead.slots_S[place])
+                child_B, chance_B, ids_B, a_BD, bias_GBS = grown
+                leaves.append(child_B + (tried + 1))
+                tried += ids[-1].numel()
+                a_BD = self._run(a_BD, ids_B, ahead.turns(level - 1), ahead.view(place, bias_GBS.flatten(0, 1)))
+            logits_BV = self.head.logits(self.layer.read_out(a_BD))
+            rows_BR, chance_BR = compiled(best_children)(logits_BV, chance_B, branch)
+            ids.append(self.head.tokens(rows_BR))
+            chances.append(chance_BR)
+        ids_C, chance_C = (torch.cat([part.flatten() for part in parts]) for parts in (ids, chances))
+        kept_N, parents_N = compiled(rerank)(ids_C, chance_C, torch.cat(leaves), self.options.nodes, branch)
+        return Draft(kept_N, Shape(*compiled(ancestry)(parents_N, depth), depth))
+
+    @property
+    def _groups(self) -> int:
+        return self.layer.heads // self.layer.kv_heads
+
+    def _ahead(self, levels: int, slots: int) -> Ahead:
+        """For so many levels of steps, whose keys go to so many slots beyond the verified ones."""
+        turns = self.target.runtime.compiled(rotations)(self.cache.positions(0, levels)[None], *self.layer.rotation)
+        seen = self.cache.both[0][..., : self.cache.reaching(slots), :]
+        return Ahead(self.cache.positions(0, slots), seen, *turns)
+
+    def _see(self, ahead: Ahead, slots_M: Tensor) -> Tensor:
+        """(M, S), to be added to the scores of queries that see all slots up to `slots_M`, their own."""
+        tensors, span = (self.cache.here, slots_M, slots_M, None), ahead.both.shape[-2]
+        return self.target.runtime.compiled(bias)(*tensors, span, 0, None, 1, self.cache.dtype)
 
     @classmethod
     def trainee(
@@ -382,7 +447,7 @@ class EagleTrainee(Distilled):
         next_BT = torch.cat((lesson.ids_BT[:, 1:], lesson.ids_BT[:, -1:]), dim=1)
         positions_BT = torch.arange(length, device=trunk.device).expand(batch, -1)
         view = _Growing()
-        a_BTD = layer(g_BTD, trunk.embed(next_BT), positions_BT, view)
+        a_BTD = layer(g_BTD, trunk.embed(next_BT), layer.turns(positions_BT), view)
         a_BAD = lesson.at(a_BTD, -1)  # x_s is read at position s - 1
         read = [layer.read_out(a_BAD)]
         before_BAT = torch.arange(length, device=trunk.device) < lesson.anchors_BA[:, :, None]
@@ -390,7 +455,7 @@ class EagleTrainee(Distilled):
         for step in range(1, self.depths):
             view.mask_B1QS = torch.cat((before_BAT, *[own_BAA] * step), dim=2)[:, None]
             embedded = trunk.embed(lesson.at(lesson.ids_BT, step))
-            a_BAD = layer(a_BAD, embedded, lesson.anchors_BA + (step - 1), view)
+            a_BAD = layer(a_BAD, embedded, layer.turns(lesson.anchors_BA + (step - 1)), view)
             read.append(layer.read_out(a_BAD))
         return self.head.logits(torch.stack(read, dim=2))
 
