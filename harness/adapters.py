@@ -7,6 +7,7 @@ a pass runs the one or the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -89,7 +90,10 @@ class Adapted(nn.Module):
 
 
 class AdaptedJoined(nn.Module):
-    """Joined layers and their pairs: every A is read by one product, with the layers' own where they are plain."""
+    """Joined layers and their pairs: every A is read by one product, with the layers' own where they are plain.
+
+    Every B too of layers of one size that are neighbours, as keys and values are.
+    """
 
     def __init__(self, layers: Joined, pairs: Sequence[Pair]) -> None:
         super().__init__()
@@ -97,21 +101,36 @@ class AdaptedJoined(nn.Module):
         rows = [pair.a for pair in pairs]
         self.whole = layers.widen(rows)
         self.a = adjacent(rows) if self.whole is None else self.whole[sum(layers.sizes) :]
-        self.b = nn.ParameterList([pair.b for pair in pairs])
+        self.rank = pairs[0].a.shape[0]
+        self.runs = [(size, len(list(run))) for size, run in groupby(layers.sizes)]
+        "sizes of neighbours, and how many are of that size"
+        b = iter(pair.b for pair in pairs)
+        self.b = [adjacent([next(b) for _ in range(count)]).view(count, size, -1) for size, count in self.runs]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.whole is not None:
             out, low = torch.split(F.linear(x, self.whole), [sum(self.layers.sizes), self.a.shape[0]], dim=-1)
         else:
             out, low = self.layers(x), F.linear(x, self.a)
-        parts = torch.split(out, self.layers.sizes, dim=-1)
-        lows = low.chunk(len(parts), dim=-1)
-        if torch.compiler.is_compiling():  # sums become part of other kernels
-            pairs = zip(parts, lows, self.b, strict=True)
-            return torch.cat([part + F.linear(low_part, b) for part, low_part, b in pairs], dim=-1)
-        for part, low_part, b in zip(parts, lows, self.b, strict=True):
-            part.flatten(0, -2).addmm_(low_part.flatten(0, -2), b.t())
-        return out
+        outs = torch.split(out.flatten(0, -2), [size * count for size, count in self.runs], dim=-1)
+        lows = torch.split(low.flatten(0, -2), [self.rank * count for _, count in self.runs], dim=-1)
+        added = [self._add(*parts) for parts in zip(outs, lows, self.b, strict=True)]
+        return torch.cat(added, dim=-1).view_as(out) if torch.compiler.is_compiling() else out
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        return torch.split(self(x), self.layers.sizes, dim=-1)
+
+    def _add(self, out: Tensor, low: Tensor, b: Tensor) -> Tensor:
+        """B A x, to the part of the output that it belongs to: in place, or compiled, where sums become part of other
+        kernels, as a new tensor."""
+        count, size, rank = b.shape
+        if count == 1:
+            return out + F.linear(low, b[0]) if torch.compiler.is_compiling() else out.addmm_(low, b[0].t())
+        outs = out.unflatten(-1, (count, size)).transpose(0, 1)
+        lows, b = low.unflatten(-1, (count, rank)).transpose(0, 1), b.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            return (outs + torch.bmm(lows, b)).transpose(0, 1).flatten(1)
+        return outs.baddbmm_(lows, b)
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, Any]]:

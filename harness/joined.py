@@ -21,7 +21,8 @@ from harness.attention import Slots, attend
 FORMS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 "model types whose attention and MLP are these: query, key and value projected and rotated apart; a gated MLP"
 SMALL_BYTES = 8 * 2**20
-"""of a weight that one token reads by a kernel of the compiler's own: those of cuBLAS take 4 us at least (H200)"""
+"""of a weight whose product is latency: one token reads it by a kernel of the compiler's own, where those of cuBLAS take
+4 us at least (H200), and more tokens as a batch"""
 
 
 class Joined(nn.Module):
@@ -46,6 +47,17 @@ class Joined(nn.Module):
             return (x.view(1, -1).float() * weight).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
         outs = [product(x) for product in self.products]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """Each layer's output, (.., out). Contiguous, where a batched product of small weights can give it so: kernels
+        over parts of rows take twice as long."""
+        rows_MD = x.flatten(0, -2)
+        if torch.compiler.is_compiling() or len(rows_MD) == 1 or len(set(self.sizes)) > 1 or not self._small:
+            return torch.split(self(x), self.sizes, dim=-1)
+        weight: Tensor = self.products[0].weight  # type: ignore[assignment]
+        weights = weight.unflatten(0, (len(self.sizes), -1))
+        outs = torch.bmm(rows_MD.expand(len(weights), -1, -1), weights.transpose(1, 2))
+        return outs.unflatten(1, x.shape[:-1]).unbind()
 
     @property
     def _small(self) -> bool:
@@ -109,7 +121,7 @@ class MLP(nn.Module):
         self.down_proj, self.act_fn = Joined({"mlp.down_proj": own.down_proj}), own.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up.each(x)
         return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
 
 
