@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.joined import Joined, adjacent, twin
+from harness.joined import Joined, adjacent, cut, twin
 from harness.trunk import Trunk
 
 
@@ -120,14 +120,17 @@ class AdaptedJoined(nn.Module):
     def each(self, x: Tensor) -> Sequence[Tensor]:
         return torch.split(self(x), self.layers.sizes, dim=-1)
 
+    def heads(self, x: Tensor, width: int) -> Tensor:
+        return cut(self(x), width)
+
     def _add(self, out: Tensor, low: Tensor, b: Tensor) -> Tensor:
         """B A x, to the part of the output that it belongs to: in place, or compiled, where sums become part of other
         kernels, as a new tensor."""
         count, size, rank = b.shape
         if count == 1:
             return out + F.linear(low, b[0]) if torch.compiler.is_compiling() else out.addmm_(low, b[0].t())
-        outs = out.unflatten(-1, (count, size)).transpose(0, 1)
-        lows, b = low.unflatten(-1, (count, rank)).transpose(0, 1), b.transpose(1, 2)
+        outs, lows = out.view(-1, count, size).transpose(0, 1), low.view(-1, count, rank).transpose(0, 1)
+        b = b.transpose(1, 2)
         if torch.compiler.is_compiling():
             return (outs + torch.bmm(lows, b)).transpose(0, 1).flatten(1)
         return outs.baddbmm_(lows, b)

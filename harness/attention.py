@@ -153,7 +153,7 @@ class FixedView:
 
 
 def bias(
-    here: Tensor,
+    here: int | Tensor,
     slots_M: Tensor,
     positions_M: Tensor,
     block_MA: Tensor | None,

@@ -21,8 +21,8 @@ from harness.attention import Slots, attend
 FORMS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 "model types whose attention and MLP are these: query, key and value projected and rotated apart; a gated MLP"
 SMALL_BYTES = 8 * 2**20
-"""of a weight whose product is latency: one token reads it by a kernel of the compiler's own, where those of cuBLAS take
-4 us at least (H200), and more tokens as a batch"""
+"""of a weight whose product is all latency, 4 us at least by cuBLAS (H200): one token reads it by a kernel of the
+compiler's own, and more tokens in blocks of it"""
 
 
 class Joined(nn.Module):
@@ -31,15 +31,15 @@ class Joined(nn.Module):
     One product where the weights can lie together: plain and LLM.int8 ones can, nf4 has a state for each.
     """
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
-        """`parts` by their names in the decoder layer."""
+    def __init__(self, parts: Mapping[str, Any], batched: bool = True) -> None:
+        """`parts` by their names in the decoder layer; `batched` where launches and latency are what costs."""
         super().__init__()
         self.names = tuple(parts)
         self.parts = list(parts.values())
         self.sizes = [part.out_features for part in self.parts]
         whole = _whole(self.parts)
         self.products = nn.ModuleList(self.parts if whole is None else [whole])
-        self.plain = type(whole) is nn.Linear
+        self.plain, self.batched = type(whole) is nn.Linear, batched
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._small:
@@ -49,15 +49,28 @@ class Joined(nn.Module):
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
-        """Each layer's output, (.., out). Contiguous, where a batched product of small weights can give it so: kernels
-        over parts of rows take twice as long."""
+        """(B, M, in) -> each layer's output, (B, M, out); all are of one size."""
+        blocks = self._blocks(x, self.sizes[0])
+        return torch.split(self(x), self.sizes, dim=-1) if blocks is None else blocks.unbind()
+
+    def heads(self, x: Tensor, width: int) -> Tensor:
+        """(B, M, in) -> (B, H, M, width), the outputs cut into heads."""
+        blocks = self._blocks(x, width)
+        return cut(self(x), width) if blocks is None else blocks.transpose(0, 1)
+
+    def _blocks(self, x: Tensor, size: int) -> Tensor | None:
+        """Blocks of the outputs, (blocks, B, M, size), each contiguous; None where that costs more than it gives.
+
+        Kernels over parts of rows take twice as long as over contiguous ones, and what is small is not slower as a
+        batch of products.
+        """
         rows_MD = x.flatten(0, -2)
-        if torch.compiler.is_compiling() or len(rows_MD) == 1 or len(set(self.sizes)) > 1 or not self._small:
-            return torch.split(self(x), self.sizes, dim=-1)
+        if len(rows_MD) == 1 or not (self.batched and self._small):
+            return None
         weight: Tensor = self.products[0].weight  # type: ignore[assignment]
-        weights = weight.unflatten(0, (len(self.sizes), -1))
-        outs = torch.bmm(rows_MD.expand(len(weights), -1, -1), weights.transpose(1, 2))
-        return outs.unflatten(1, x.shape[:-1]).unbind()
+        blocks = weight.view(-1, size, weight.shape[1]).transpose(1, 2)
+        outs = torch.bmm(rows_MD.expand(len(blocks), -1, -1), blocks)
+        return outs.view(len(blocks), *x.shape[:-1], size)
 
     @property
     def _small(self) -> bool:
@@ -90,26 +103,29 @@ class Attention(nn.Module):
         self, hidden_BMD: Tensor, *, position_embeddings: tuple[Tensor, Tensor], view: Slots, **_: Any
     ) -> tuple[Tensor, None]:
         """`position_embeddings` are those of `turning`."""
-        heads_BMHd = self.qkv(hidden_BMD).view(*hidden_BMD.shape[:-1], -1, self.head_width)
+        heads_BHMd = self.qkv.heads(hidden_BMD, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = torch.split(heads_BMHd, [self.heads, self.kv_heads, self.kv_heads], dim=2)
-            normed = fused_norm(self.q_norm, query), fused_norm(self.k_norm, key)
-            heads_BMHd = torch.cat((*normed, value), dim=2)
-        return self.o_proj(turn_and_attend(heads_BMHd, self.kv_heads, *position_embeddings, view, self.scaling)), None
+            query, key, value = torch.split(heads_BHMd, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+            heads_BHMd = torch.cat((fused_norm(self.q_norm, query), fused_norm(self.k_norm, key), value), dim=1)
+        return self.o_proj(turn_and_attend(heads_BHMd, self.kv_heads, *position_embeddings, view, self.scaling)), None
 
 
-def turn_and_attend(heads_BMHd: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, view: Slots, scale: float) -> Tensor:
+def turn_and_attend(heads_BHMd: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, view: Slots, scale: float) -> Tensor:
     """Query, key and value heads, in this order, unrotated and overwritten -> what attention gives, (B, M, H * d).
 
     `cos` and `sin` are those of `turning`.
     """
-    heads = heads_BMHd.shape[2] - 2 * kv_heads
-    turn_(heads_BMHd[:, :, : heads + kv_heads], cos, sin)
-    both_BM2Hd = heads_BMHd[:, :, heads:].unflatten(2, (2, kv_heads))  # type: ignore[no-untyped-call]
-    keys, values = view.store_both(both_BM2Hd.permute(2, 0, 3, 1, 4))
-    query = heads_BMHd[:, :, :heads].transpose(1, 2)
-    out = attend(query, keys, values, mask=view.bias_QS, scale=scale)
+    heads = heads_BHMd.shape[1] - 2 * kv_heads
+    turn_(heads_BHMd[:, : heads + kv_heads], cos, sin)
+    both_B2HMd = heads_BHMd[:, heads:].unflatten(1, (2, kv_heads))  # type: ignore[no-untyped-call]
+    keys, values = view.store_both(both_B2HMd.transpose(0, 1))
+    out = attend(heads_BHMd[:, :heads], keys, values, mask=view.bias_QS, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def cut(rows: Tensor, width: int) -> Tensor:
+    """Rows of heads side by side, (B, M, H * width) -> (B, H, M, width)."""
+    return rows.view(*rows.shape[:-1], -1, width).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -133,14 +149,14 @@ def joined(layer: nn.Module) -> nn.Module:
 def turning(cos_BMd: Tensor, sin_BMd: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines as `turn_` wants them: for every head, the sines of the first half negative."""
     half = sin_BMd.shape[-1] // 2
-    return cos_BMd[:, :, None], torch.cat((-sin_BMd[..., :half], sin_BMd[..., half:]), dim=-1)[:, :, None]
+    return cos_BMd[:, None], torch.cat((-sin_BMd[..., :half], sin_BMd[..., half:]), dim=-1)[:, None]
 
 
-def turn_(x_BMHd: Tensor, cos: Tensor, sin: Tensor) -> None:
+def turn_(x_BHMd: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary positions (Su et al. 2021), half-split layout, in place."""
-    first, second = x_BMHd.chunk(2, dim=-1)
+    first, second = x_BHMd.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    x_BMHd.mul_(cos).addcmul_(swapped, sin)
+    x_BHMd.mul_(cos).addcmul_(swapped, sin)
 
 
 def fused_norm(norm: nn.Module, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from harness import drafter as checkpoint
 from harness.attention import FixedView, Slots, View, attend, bias, frequencies, rotary, view_of
 from harness.cache import KVCache
 from harness.draft import Draft, Drawn, Shape, ancestry, best_of, best_of_few, chain
-from harness.joined import Joined, turn_, turn_and_attend, turning
+from harness.joined import Joined, cut, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
@@ -45,7 +45,6 @@ class EagleOptions(Options, frozen=True, kw_only=True):
 
 Turns = tuple[Tensor, Tensor]
 "cosines and sines of positions, as `harness.joined.turning` gives them"
-READERS = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
 class Layer(nn.Module):
@@ -55,6 +54,7 @@ class Layer(nn.Module):
         super().__init__()
         width, inner = config["hidden_size"], config["intermediate_size"]
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.groups: int = self.heads // self.kv_heads
         self.head_width = config.get("head_dim") or width // self.heads
         self.base, epsilon, bias = config["rope_theta"], config["rms_norm_eps"], config.get("attention_bias", False)
         reads = width if generation == 1 else 2 * width
@@ -66,17 +66,18 @@ class Layer(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(width, epsilon)
-        self.joined: dict[str, Joined] = {}
+        self.joined: tuple[Joined, Joined] | None = None
         self.generation = generation
         self.normed_residual = config.get("norm_before_residual", False)  # speculators' name for a variant of EAGLE-3
         if generation == 3:
             self.hidden_norm, self.input_layernorm = nn.RMSNorm(width, epsilon), nn.RMSNorm(width, epsilon)
             self.norm = nn.RMSNorm(width, epsilon)
 
-    def join(self) -> Layer:
+    def join(self, batched: bool) -> Layer:
         """One product for what reads the same input, from now on: for drafting. The layer must not move any more."""
-        for what, names in READERS.items():
-            self.joined[what] = Joined({name: getattr(self, name) for name in names})
+        qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+        first, second = (Joined({name: getattr(self, name) for name in names}, batched) for names in (qkv, gate_up))
+        self.joined = first, second
         return self
 
     def features(self, tapped: Tensor) -> Tensor:
@@ -103,27 +104,25 @@ class Layer(nn.Module):
             read = torch.cat((self.input_layernorm(e_BMD), normed_BMD), dim=-1)
         residual = residual + self._attention(read, turns, view)
         x = self.post_attention_layernorm(residual)
-        gate, up = self._read("gate_up", x).chunk(2, dim=-1)
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.joined is None else self.joined[1].each(x)
         return residual + self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
 
     def _attention(self, x: Tensor, turns: Turns, view: View) -> Tensor:
         heads, kv_heads, scale = self.heads, self.kv_heads, 1 / math.sqrt(self.head_width)
-        heads_BMHd = self._read("qkv", x).view(*x.shape[:-1], -1, self.head_width)
+        if self.joined is None:
+            rows = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+            heads_BHMd = cut(rows, self.head_width)
+        else:
+            heads_BHMd = self.joined[0].heads(x, self.head_width)
         if isinstance(view, Slots):
-            return self.o_proj(turn_and_attend(heads_BMHd, kv_heads, *turns, view, scale))  # type: ignore[no-any-return]
-        turn_(heads_BMHd[:, :, : heads + kv_heads], *turns)
-        q, k, v = torch.split(heads_BMHd.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
+            return self.o_proj(turn_and_attend(heads_BHMd, kv_heads, *turns, view, scale))  # type: ignore[no-any-return]
+        turn_(heads_BHMd[:, : heads + kv_heads], *turns)
+        q, k, v = torch.split(heads_BHMd, [heads, kv_heads, kv_heads], dim=1)
         keys, values = view.store(0, k, v)
         causal = view.causal(0)
-        mask = None if causal else view.mask(0, heads // kv_heads)
+        mask = None if causal else view.mask(0, self.groups)
         out = attend(q, keys, values, mask=mask, causal=causal, scale=scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-    def _read(self, what: str, x: Tensor) -> Tensor:
-        """Projections of one input, side by side."""
-        if what in self.joined:
-            return self.joined[what](x)  # type: ignore[no-any-return]
-        return torch.cat([getattr(self, name)(x) for name in READERS[what]], dim=-1)
 
     def read_out(self, a: Tensor) -> Tensor:
         """What goes into the output head."""
@@ -185,7 +184,7 @@ class Ahead:
     "of the positions of each level"
 
     def turns(self, level: int) -> Turns:
-        return self.cos[:, level : level + 1], self.sin[:, level : level + 1]
+        return self.cos[:, :, level : level + 1], self.sin[:, :, level : level + 1]
 
     def view(self, slots: slice, bias_QS: Tensor) -> Slots:
         return Slots(self.both, self.slots_S[slots], bias_QS)
@@ -224,7 +223,7 @@ class Eagle(Method):
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
         layer, head, taps = load_layer(drafter, target.trunk)
-        layer = layer.to(target.device, target.trunk.dtype).join()
+        layer = layer.to(target.device, target.trunk.dtype).join(target.runtime.joins)
         return cls(target, layer, head, taps, options, sampler)
 
     @property
@@ -265,7 +264,7 @@ class Eagle(Method):
         positions_R = self.cache.positions(0, ids_R.shape[0])
         view: View = view_of(self.cache, 0, positions_R)
         turns = self.target.runtime.compiled(rotations)(positions_R[None], *self.layer.rotation)
-        place = view.slots(0, self._groups) if isinstance(view, FixedView) else view
+        place = view.slots(0, self.layer.groups) if isinstance(view, FixedView) else view
         return self._run(self.layer.features(torch.cat(list(tapped_RD), dim=-1)), ids_R, turns, place)
 
     def _run(self, g_MD: Tensor, ids_M: Tensor, turns: Turns, view: View) -> Tensor:
@@ -286,7 +285,7 @@ class Eagle(Method):
         qs: list[Tensor] = []
         for step in range(depth):
             if step:
-                view = ahead.view(slice(step - 1, step), bias_SK[step - 1 : step].expand(self._groups, -1))
+                view = ahead.view(slice(step - 1, step), bias_SK[step - 1 : step].expand(self.layer.groups, -1))
                 a_1D = self._run(a_1D, ids[-1], ahead.turns(step - 1), view)
             logits_1V = self.head.logits(self.layer.read_out(a_1D))
             if self.sampler.greedy:
@@ -305,7 +304,7 @@ class Eagle(Method):
         depth, branch, device = self.options.depth, self.options.branch, self.target.device
         compiled = self.target.runtime.compiled
         ahead = self._ahead(depth - 1, branch * (depth - 1))
-        bias_GBS = self._see(ahead, self.cache.positions(-1, 1)).expand(self._groups, 1, -1)
+        bias_GBS = self._see(ahead, self.cache.positions(-1, 1)).expand(self.layer.groups, 1, -1)
         a_BD, chance_B = self.last_1D, torch.zeros(1, device=device)
         ids: list[Tensor] = []
         chances: list[Tensor] = []
@@ -326,10 +325,6 @@ class Eagle(Method):
         kept_N, parents_N = compiled(rerank)(ids_C, chance_C, torch.cat(leaves), self.options.nodes, branch)
         return Draft(kept_N, Shape(*compiled(ancestry)(parents_N, depth), depth))
 
-    @property
-    def _groups(self) -> int:
-        return self.layer.heads // self.layer.kv_heads
-
     def _ahead(self, levels: int, slots: int) -> Ahead:
         """For so many levels of steps, whose keys go to so many slots beyond the verified ones."""
         turns = self.target.runtime.compiled(rotations)(self.cache.positions(0, levels)[None], *self.layer.rotation)
@@ -338,8 +333,8 @@ class Eagle(Method):
 
     def _see(self, ahead: Ahead, slots_M: Tensor) -> Tensor:
         """(M, S), to be added to the scores of queries that see all slots up to `slots_M`, their own."""
-        tensors, span = (self.cache.here, slots_M, slots_M, None), ahead.both.shape[-2]
-        return self.target.runtime.compiled(bias)(*tensors, span, 0, None, 1, self.cache.dtype)
+        see, span = self.target.runtime.compiled(bias), ahead.both.shape[-2]
+        return see(self.cache.here, slots_M, slots_M, None, span, 0, None, 1, self.cache.dtype)
 
     @classmethod
     def trainee(
