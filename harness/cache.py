@@ -10,14 +10,16 @@ short forwards over it look at the first `span` slots, of which there are few di
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Compiled = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
+"what a runtime makes of a function of tensors"
 
 
-def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
@@ -43,7 +45,6 @@ class KVCache:
         self.scratch = 0
         "longest forward, in slots beyond the length, that runs at fixed addresses"
         self.compiled: Compiled = as_it_is
-        "what a runtime makes of functions that prepare such forwards"
         self._length: Tensor | None = None
         self.both: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}

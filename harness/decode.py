@@ -113,6 +113,7 @@ def decide(target: Target, draft: Draft, scores: Scores, sampler: Sampler, rule:
 
     def judge(tokens_N: Tensor, logits_MV: Tensor, *drawn: Tensor) -> Verdict:
         q_PV, row_N = drawn or (None, None)
-        return verify(replace(draft, tokens_N=tokens_N, q_PV=q_PV, row_N=row_N), logits_MV, sampler, rule)
+        told = replace(draft, tokens_N=tokens_N, q_PV=q_PV, row_N=row_N)
+        return verify(told, logits_MV, sampler, rule, target.runtime.compiled)
 
     return target.about(draft.shape, "verify", judge, draft.tokens_N, scores.logits_MV, *drawn)

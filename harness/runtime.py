@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from harness.cache import KVCache, as_it_is
+from harness.cache import Compiled, KVCache, as_it_is
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,15 +73,14 @@ class FixedRuntime(Runtime):
     def __init__(self, name: str) -> None:
         self.name = name
         self.caches: list[KVCache] = []
-        self._made: Callable[..., Any] = compiled if name == "compile" else as_it_is
-        "what this runtime makes of a function"
+        self._made: Compiled = compiled if name == "compile" else as_it_is
 
     def adopt(self, cache: KVCache, scratch: int) -> None:
         cache.fix(scratch, self._made)
         self.caches.append(cache)
 
     def compiled(self, function: F) -> F:
-        return self._made(function)  # type: ignore[no-any-return]
+        return self._made(function)  # type: ignore[return-value]
 
     @property
     def captures(self) -> int:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.draft import Draft, Drawn, Shape
+from harness.cache import Compiled, as_it_is
+from harness.draft import Draft, Drawn
 from harness.sampling import Sampler
 
 
@@ -44,11 +45,9 @@ class Verdict:
     last: Tensor
 
     @classmethod
-    def of(
-        cls, path_K: Tensor, tokens_K: Tensor, count: Tensor, last: Tensor, bonus: Tensor, deepest: Tensor
-    ) -> Verdict:
-        packed = torch.cat((count.view(1), bonus.view(1), deepest.view(1), path_K, tokens_K))
-        longest = path_K.shape[0]
+    def of(cls, packed: Tensor, last: Tensor) -> Verdict:
+        """`packed` holds count, bonus, the draft's depth, path_K and tokens_K."""
+        longest = (packed.shape[0] - 3) // 2
         return cls(packed, packed[0], packed[1], packed[3 : 3 + longest], packed[3 + longest :], last)
 
     def host(self) -> Accepted:
@@ -65,19 +64,28 @@ class Typical:
     delta: float = 0.3
 
 
-def verify(draft: Draft, logits_MV: Tensor, sampler: Sampler, rule: Typical | None = None) -> Verdict:
+def verify(
+    draft: Draft, logits_MV: Tensor, sampler: Sampler, rule: Typical | None = None, compiled: Compiled = as_it_is
+) -> Verdict:
     """Decide a round. `logits_MV` are the target's at the pending token and at every drafted node."""
     if sampler.greedy:
-        return verify_greedy(draft, logits_MV)
+        return verify_greedy(draft, logits_MV, compiled)
     p_MV = sampler.distribution(logits_MV)
     return verify_sampled(draft, p_MV, sampler) if rule is None else verify_typical(draft, p_MV, sampler, rule)
 
 
-def verify_greedy(draft: Draft, logits_MV: Tensor) -> Verdict:
-    best_M = logits_MV.argmax(-1)
-    agrees_N = draft.tokens_N == best_M[draft.shape.parents_M[1:]]
-    last = _deepest(draft.shape, agrees_N)
-    return verdict_at(draft, last, _entry(best_M, last))
+def verify_greedy(draft: Draft, logits_MV: Tensor, compiled: Compiled = as_it_is) -> Verdict:
+    shape = draft.shape
+    tensors = (draft.tokens_N, logits_MV.argmax(-1), shape.parents_M, shape.depth_M, shape.ancestors_MM)
+    return Verdict.of(*compiled(agreed)(*tensors, shape.longest))
+
+
+def agreed(
+    tokens_N: Tensor, best_M: Tensor, parents_M: Tensor, depth_M: Tensor, ancestors_MM: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """A verdict's `packed` and `last` where the target would have said best_M."""
+    last = _deepest(depth_M, ancestors_MM, tokens_N == best_M[parents_M[1:]])
+    return _down_to(last, _entry(best_M, last), tokens_N, depth_M, ancestors_MM, longest), last
 
 
 def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) -> Verdict:
@@ -85,7 +93,7 @@ def verify_typical(draft: Draft, p_MV: Tensor, sampler: Sampler, rule: Typical) 
     threshold_M = (rule.delta * (-entropy_M).exp()).clamp_max(rule.epsilon)
     parents_N = draft.shape.parents_M[1:]
     agrees_N = p_MV[parents_N, draft.tokens_N] > threshold_M[parents_N]
-    last = _deepest(draft.shape, agrees_N)
+    last = _deepest(draft.shape.depth_M, draft.shape.ancestors_MM, agrees_N)
     return verdict_at(draft, last, sampler.draw(_entry(p_MV, last).view(1, -1))[0])
 
 
@@ -144,18 +152,26 @@ def _normalised(weights_V: Tensor, fallback_V: Tensor) -> Tensor:
     return torch.where(total > 0, weights_V / total.clamp_min(torch.finfo(weights_V.dtype).tiny), fallback_V)
 
 
-def _deepest(shape: Shape, agrees_N: Tensor) -> Tensor:
+def _deepest(depth_M: Tensor, ancestors_MM: Tensor, agrees_N: Tensor) -> Tensor:
     """The scored position of the deepest node all of whose path agrees."""
     blocked_M = torch.cat((agrees_N.new_zeros(1), ~agrees_N))
-    reached_M = ~(shape.ancestors_MM & blocked_M).any(-1)
-    return torch.where(reached_M, shape.depth_M, -1).argmax()
+    reached_M = ~(ancestors_MM & blocked_M).any(-1)
+    return torch.where(reached_M, depth_M, -1).argmax()
 
 
 def verdict_at(draft: Draft, last: Tensor, bonus: Tensor) -> Verdict:
-    """Accept the path down to `last`. Entries beyond its depth are 0, the root: padding that is never accepted."""
+    """Accept the path down to `last`."""
     shape = draft.shape
-    depths_K = torch.arange(1, shape.longest + 1, device=last.device)
-    on_path_KM = _entry(shape.ancestors_MM, last) & (shape.depth_M == depths_K[:, None])
+    return Verdict.of(_down_to(last, bonus, draft.tokens_N, shape.depth_M, shape.ancestors_MM, shape.longest), last)
+
+
+def _down_to(
+    last: Tensor, bonus: Tensor, tokens_N: Tensor, depth_M: Tensor, ancestors_MM: Tensor, longest: int
+) -> Tensor:
+    """A verdict's `packed`. Of path_K, entries beyond its depth are 0, the root: padding that is never accepted."""
+    depths_K = torch.arange(1, longest + 1, device=last.device)
+    on_path_KM = _entry(ancestors_MM, last) & (depth_M == depths_K[:, None])
     path_K = on_path_KM.int().argmax(-1)
-    tokens_M = torch.cat((draft.tokens_N.new_zeros(1), draft.tokens_N))
-    return Verdict.of(path_K, tokens_M[path_K], _entry(shape.depth_M, last), last, bonus, shape.depth_M.max())
+    tokens_M = torch.cat((tokens_N.new_zeros(1), tokens_N))
+    told = (_entry(depth_M, last), bonus, depth_M.max())
+    return torch.cat((torch.stack(told), path_K, tokens_M[path_K]))

@@ -310,10 +310,9 @@ def forced(draft: Draft, node: int, bonus: int) -> Verdict:
     shape = draft.shape
     path = [i for i in range(1, len(draft) + 1) if shape.ancestors_MM[node, i]]
     pad = [0] * (shape.longest - len(path))
-    path_K = torch.tensor([*path, *pad], dtype=torch.long)
-    tokens_K = torch.tensor([*(int(draft.tokens_N[i - 1]) for i in path), *pad], dtype=torch.long)
-    deepest = draft.shape.depth_M.max()
-    return Verdict.of(path_K, tokens_K, torch.tensor(len(path)), torch.tensor(node), torch.tensor(bonus), deepest)
+    tokens = [int(draft.tokens_N[i - 1]) for i in path]
+    packed = [len(path), bonus, int(shape.depth_M.max()), *path, *pad, *tokens, *pad]
+    return Verdict.of(torch.tensor(packed, dtype=torch.long), torch.tensor(node))
 
 
 def exact(target: Target, prompt: list[int], length: int, draws: Sampler) -> Tensor:
