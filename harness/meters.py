@@ -225,6 +225,8 @@ def measure(steps: Iterable[S], gauges: Gauges) -> tuple[list[S], Reading]:
     energy_before = gauges.energy_joules()
     stamps = [perf_counter()]
     for step in steps:
+        if not taken:
+            gauges.synchronize()  # a drafter's reading of the prompt is no part of the first round
         stamps.append(perf_counter())
         taken.append(step)
     gauges.synchronize()

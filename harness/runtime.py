@@ -170,8 +170,16 @@ class GraphRuntime(CapturingRuntime):
         if self.generator is not None and random is not None:
             self.generator.set_state(random)
             graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            outputs = function(*inputs)
+        cause: Exception | None = None
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                try:
+                    outputs = function(*inputs)
+                except Exception as error:
+                    cause = error
+                    raise
+        except Exception as error:
+            raise cause or error from None  # a broken capture cannot end either, and would say only that
         self._seconds += time.perf_counter() - started
         self._bytes += torch.cuda.memory_allocated(self.device) - before
         return Graph(graph, inputs, outputs), outputs

@@ -519,3 +519,23 @@ def test_the_stopwatch_charges_each_round_to_its_own_yield(monkeypatch: pytest.M
     assert reading.prefill_seconds == 1.0
     assert reading.round_seconds == [2.0, 4.0], "the last round ends when the device is idle"
     assert reading.decode_seconds == 6.0
+
+
+def test_what_the_device_still_reads_of_the_prompt_is_no_part_of_the_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+
+    class Waiting(meters.Gauges):
+        def synchronize(self) -> None:
+            now[0] += 10.0
+
+    def rounds() -> Iterator[None]:
+        for _ in range(3):
+            now[0] += 1.0
+            yield
+
+    monkeypatch.setattr(meters, "perf_counter", lambda: now[0])
+    reading = meters.measure(rounds(), Waiting())[1]
+    assert reading.prefill_seconds == 11.0
+    assert reading.round_seconds == [1.0, 11.0]
