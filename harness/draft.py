@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from harness.cache import Compiled, as_it_is
+
 
 class Drawn(Enum):
     """How the siblings under one parent were drawn: it decides the rule that keeps sampling lossless."""
@@ -151,9 +153,10 @@ def best_paths(accuracy: Sequence[Sequence[float]], nodes: int) -> list[tuple[in
     return chosen
 
 
-def dynamic_tree(parents_N: Tensor, longest: int) -> Shape:
+def dynamic_tree(parents_N: Tensor, longest: int, compiled: Compiled = as_it_is) -> Shape:
     """A tree whose shape was decided on the device (EAGLE-2), no deeper than `longest`."""
-    return Shape(*ancestry(parents_N, longest), longest)
+    parents_M, depth_M, ancestors_MM = compiled(ancestry)(parents_N, longest)
+    return Shape(parents_M, depth_M, ancestors_MM, longest)
 
 
 def ancestry(parents_N: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:

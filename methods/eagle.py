@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.attention import FixedView, Slots, View, attend, bias, frequencies, rotary, view_of
+from harness.attention import CacheView, Slots, View, attend, bias, frequencies, rotary
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, Shape, ancestry, best_of, best_of_few, chain
+from harness.draft import Draft, Drawn, best_of, best_of_few, chain, dynamic_tree
 from harness.joined import Joined, cut, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
@@ -133,7 +133,7 @@ def rotations(positions_BM: Tensor, frequencies_d: Tensor, dtype: torch.dtype) -
     return turning(*rotary(positions_BM, frequencies_d, dtype))
 
 
-def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: View) -> Tensor:
+def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: Slots) -> Tensor:
     """What a runtime may compile: one function for every drafting layer."""
     return layer(g_BMD, e_BMD, turns, view)  # type: ignore[no-any-return]
 
@@ -238,7 +238,12 @@ class Eagle(Method):
     def start(self, tokens: Sequence[int], scores: Scores) -> None:
         self.cache.reset()
         ids_T = torch.tensor(tokens[1:], device=self.target.device)
-        self.last_1D.copy_(self._feed(self._tapped(scores), ids_T)[-1:])
+        # Any length once: never at fixed addresses.
+        positions_T = self.cache.positions(0, ids_T.shape[0])
+        turns, view = self.layer.turns(positions_T[None]), CacheView(self.cache, 0, positions_T)
+        embedded_TD = self.target.trunk.embed(ids_T)
+        fed_1TD = self.layer(self._features(self._tapped(scores))[None], embedded_TD[None], turns, view)
+        self.last_1D.copy_(fed_1TD[0, -1:])
         self.cache.commit(ids_T.shape[0])
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
@@ -250,8 +255,11 @@ class Eagle(Method):
         zero = path_K.new_zeros(1)
         rows_R = torch.cat((zero, path_K))
         ids_R = torch.cat((tokens_K, zero)).index_copy(0, count.view(1), bonus.view(1))
+        ahead = self._ahead(ids_R.shape[0], ids_R.shape[0])
+        view = ahead.view(slice(None), self._see(ahead, ahead.slots_S).repeat(self.layer.groups, 1))
         # Rows beyond the count are padding: never committed.
-        fed_RD = self._feed([hidden_MD[rows_R] for hidden_MD in tapped_MD], ids_R)
+        g_RD = self._features([hidden_MD[rows_R] for hidden_MD in tapped_MD])
+        fed_RD = self._step(g_RD, ids_R, (ahead.cos, ahead.sin), view)
         self.last_1D.copy_(fed_RD.index_select(0, count.view(1)))
 
     def settle(self, draft: Draft, accepted: Accepted) -> None:
@@ -260,18 +268,13 @@ class Eagle(Method):
     def _tapped(self, scores: Scores) -> list[Tensor]:
         return [scores.hidden[tap % (self.target.depth + 1)] for tap in self.taps]
 
-    def _feed(self, tapped_RD: Sequence[Tensor], ids_R: Tensor) -> Tensor:
-        positions_R = self.cache.positions(0, ids_R.shape[0])
-        view: View = view_of(self.cache, 0, positions_R)
-        turns = self.target.runtime.compiled(rotations)(positions_R[None], *self.layer.rotation)
-        place = view.slots(0, self.layer.groups) if isinstance(view, FixedView) else view
-        return self._run(self.layer.features(torch.cat(list(tapped_RD), dim=-1)), ids_R, turns, place)
+    def _features(self, tapped_RD: Sequence[Tensor]) -> Tensor:
+        return self.layer.features(torch.cat(list(tapped_RD), dim=-1))
 
-    def _run(self, g_MD: Tensor, ids_M: Tensor, turns: Turns, view: View) -> Tensor:
+    def _step(self, g_MD: Tensor, ids_M: Tensor, turns: Turns, view: Slots) -> Tensor:
         """Features after reading ids_M."""
-        embedded = self.target.trunk.embed(ids_M)
-        run = self.target.runtime.compiled(run_step) if isinstance(view, Slots) else run_step
-        return run(self.layer, g_MD[None], embedded[None], turns, view)[0]
+        run, embedded_MD = self.target.runtime.compiled(run_step), self.target.trunk.embed(ids_M)
+        return run(self.layer, g_MD[None], embedded_MD[None], turns, view)[0]
 
     def propose(self, tokens: Sequence[int]) -> Draft:
         return self.target.call("draft", self._tree if self.options.nodes else self._chain)
@@ -286,7 +289,7 @@ class Eagle(Method):
         for step in range(depth):
             if step:
                 view = ahead.view(slice(step - 1, step), bias_SK[step - 1 : step].expand(self.layer.groups, -1))
-                a_1D = self._run(a_1D, ids[-1], ahead.turns(step - 1), view)
+                a_1D = self._step(a_1D, ids[-1], ahead.turns(step - 1), view)
             logits_1V = self.head.logits(self.layer.read_out(a_1D))
             if self.sampler.greedy:
                 ids.append(self.head.tokens(logits_1V.argmax(-1)))
@@ -316,14 +319,14 @@ class Eagle(Method):
                 child_B, chance_B, ids_B, a_BD, bias_GBS = grown
                 leaves.append(child_B + (tried + 1))
                 tried += ids[-1].numel()
-                a_BD = self._run(a_BD, ids_B, ahead.turns(level - 1), ahead.view(place, bias_GBS.flatten(0, 1)))
+                a_BD = self._step(a_BD, ids_B, ahead.turns(level - 1), ahead.view(place, bias_GBS.flatten(0, 1)))
             logits_BV = self.head.logits(self.layer.read_out(a_BD))
             rows_BR, chance_BR = compiled(best_children)(logits_BV, chance_B, branch)
             ids.append(self.head.tokens(rows_BR))
             chances.append(chance_BR)
         ids_C, chance_C = (torch.cat([part.flatten() for part in parts]) for parts in (ids, chances))
         kept_N, parents_N = compiled(rerank)(ids_C, chance_C, torch.cat(leaves), self.options.nodes, branch)
-        return Draft(kept_N, Shape(*compiled(ancestry)(parents_N, depth), depth))
+        return Draft(kept_N, dynamic_tree(parents_N, depth, compiled))
 
     def _ahead(self, levels: int, slots: int) -> Ahead:
         """For so many levels of steps, whose keys go to so many slots beyond the verified ones."""
