@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -78,7 +80,12 @@ Emit = Callable[[Event], None]
 
 
 def to_parent() -> Emit:
-    """In the child: take stdout for events; whatever else is printed goes to stderr, which is the log."""
+    """In the child: take stdout for events; whatever else is printed goes to stderr, which is the log.
+
+    From now on this process, and what it started, ends with its parent, however that ends.
+    """
+    if stat.S_ISFIFO(os.fstat(0).st_mode):  # as `run` makes it
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
 
@@ -86,6 +93,12 @@ def to_parent() -> Emit:
         lines.write(msgspec.json.encode(event) + b"\n")
 
     return emit
+
+
+def _end_with_parent() -> None:
+    """Our stdin is a pipe that nobody writes to: what can be read of it is its end, when the parent is gone."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, environment: Mapping[str, str]) -> int:
@@ -96,12 +109,13 @@ def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, envir
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             env=os.environ | environment,
             start_new_session=True,
         )
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -112,4 +126,5 @@ def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, envir
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # and what it started: pip, compilers
                 process.wait()
+            process.stdin.close()
             process.stdout.close()

@@ -9,11 +9,12 @@ import hashlib
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from harness import child, drafter, host, metrics, quality, worker
 from harness.errors import UserError
@@ -29,6 +30,7 @@ IDENTITY = (
 """Fields of a manifest that must not change when a run goes on."""
 
 ROUNDS_ENDED = "Rounds ended early:"
+LOCK = ".lock"
 
 MACHINE = ("cpu", "threads", "torch_threads", "openmp", "devices")
 """Nor must these facts of the host: one run is one machine."""
@@ -41,10 +43,16 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
     KeyboardInterrupt, with the worker stopped, on Ctrl-C.
     """
     directory = (out or default_directory(plan)).absolute()
+    with _alone(directory):
+        _execute(plan, directory, on_event, command)
+    return directory
+
+
+def _execute(plan: Plan, directory: Path, on_event: child.Emit, command: Sequence[str]) -> None:
     try:
         manifest = _open(plan, directory, command)
     except OSError as error:
-        raise UserError(f"cannot write to {directory} ({error.strerror}): give another --out") from error
+        raise _unwritable(directory, error) from error
     contention = host.contention(plan.device)
     prepared = _prepare(plan, directory, on_event)
     jobs = [job for round in range(plan.fewest_rounds) for job in _round(round, plan, directory, prepared.sources)]
@@ -63,7 +71,6 @@ def execute(plan: Plan, out: Path | None, on_event: child.Emit, *, command: Sequ
     else:
         _until_precise(plan, directory, manifest, prepared.sources, on_event)
     _judge(plan, directory, prepared.sources, on_event)
-    return directory
 
 
 def _quality(plan: Plan, directory: Path, sources: dict[str, ModelSource], on_event: child.Emit) -> None:
@@ -128,6 +135,27 @@ def default_directory(plan: Plan) -> Path:
 # --- the directory ---------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """The directory, made where there is none, while no other run writes into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK, timeout=0).acquire()
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise UserError(f"another run is writing into {directory}: wait for it, or give another --out") from error
+        raise _unwritable(directory, error) from error
+    with lock:
+        try:
+            yield
+        finally:
+            (directory / LOCK).unlink(missing_ok=True)
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {directory} ({error.strerror}): give another --out")
+
+
 def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
     """Make the run's directory, or check that it holds this very plan."""
     manifest = _manifest(plan, directory.name, command)
@@ -138,7 +166,7 @@ def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
         manifest = msgspec.structs.replace(
             begun, precision=manifest.precision, time_budget_seconds=manifest.time_budget_seconds
         )
-    elif directory.exists() and any(directory.iterdir()):
+    elif any(path.name != LOCK for path in directory.iterdir()):
         try:
             read_run(directory)
         except UserError as error:

@@ -216,15 +216,35 @@ def test_another_plan_does_not_go_into_the_same_directory(desk: Desk) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_request_to_stop_stops_the_worker_and_says_how_to_go_on(number: int, desk: Desk) -> None:
-    out = f"stopped-{number}"
+def dawdling(desk: Desk, out: str) -> subprocess.Popen[str]:
+    """A run that has begun to decode, into `out`."""
     line, environment = command(desk.folder, out, *toy(desk.folder), "--methods", "dawdles", "--seed", "1")
     process = subprocess.Popen(line, env=environment, cwd=desk.folder, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for said in process.stderr:
         if "dawdles in 32: prompt 1/4" in said:
             break
+    return process
+
+
+def test_a_directory_has_one_run_at_a_time_and_a_killed_run_leaves_nobody_behind(desk: Desk) -> None:
+    first = dawdling(desk, "taken")
+    second = launch(desk.folder, "taken", *toy(desk.folder), "--methods", "dawdles", "--seed", "1")
+    assert second.returncode == 2
+    assert "another run is writing into" in second.stderr
+    assert "Traceback" not in second.stderr
+    workers = psutil.Process(first.pid).children()
+    assert len(workers) == 1
+    first.kill()
+    first.communicate()
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_stop_stops_the_worker_and_says_how_to_go_on(number: int, desk: Desk) -> None:
+    out = f"stopped-{number}"
+    process = dawdling(desk, out)
+    assert process.stderr is not None
     workers = psutil.Process(process.pid).children()
     process.send_signal(number)
     rest = process.stderr.read()
