@@ -72,6 +72,9 @@ class Series:
 def add(path: Path, directories: Sequence[Path]) -> int:
     """Put runs into the file, which is made where there is none; how many were new. Raises UserError."""
     runs = [read_run(directory) for directory in directories]
+    for run in runs:
+        if not any(trial.outcome == "ok" for trial in run.rows):
+            raise UserError(f"{run.directory} has no trial that was measured, so nothing to keep: finish the run first")
     with _opened(path) as file:
         return sum(_add(file, run) for run in runs)
 

@@ -52,6 +52,14 @@ def test_a_run_is_kept_once_and_whole(tmp_path: Path) -> None:
     assert zlib.decompress(kept[0][1]) == (run / "trials.jsonl").read_bytes()
 
 
+def test_a_run_without_a_measured_trial_is_refused(tmp_path: Path) -> None:
+    run = written(tmp_path, 0)
+    (run / "trials.jsonl").write_text("")
+    with pytest.raises(UserError, match="no trial that was measured"):
+        add(tmp_path / "history.sqlite", [written(tmp_path, 1), run])
+    assert not (tmp_path / "history.sqlite").exists()
+
+
 def test_series_are_in_the_order_of_time_and_of_one_task_and_machine(tmp_path: Path) -> None:
     file = tmp_path / "history.sqlite"
     add(file, [written(tmp_path, day) for day in (2, 0, 1)])
