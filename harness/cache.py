@@ -17,6 +17,7 @@ from torch import Tensor
 
 Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
 "what a runtime makes of a function of tensors"
+TOO_SMALL = "the target was given too small a cache"
 
 
 def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +85,9 @@ class KVCache:
 
     def reaching(self, scratch: int) -> int:
         """Slots that forwards look at which end `scratch` slots beyond the length."""
-        return self.length + scratch if self._length is None else self.span
+        stop = self.length + scratch
+        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: {TOO_SMALL}"
+        return stop if self._length is None else self.span
 
     def positions(self, at: int, size: int) -> Tensor:
         """Positions of the slots from `at` beyond the length on, (size,)."""
@@ -96,7 +99,7 @@ class KVCache:
     def write(self, layer: int, start: int, keys_BHMd: Tensor, values_BHMd: Tensor) -> tuple[Tensor, Tensor]:
         """Store M slots from `start` on and return all slots up to them, (B, H, start + M, d) each."""
         stop = start + keys_BHMd.shape[2]
-        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: the target was given too small a cache"
+        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: {TOO_SMALL}"
         self.keys[layer][:, :, start:stop] = keys_BHMd
         self.values[layer][:, :, start:stop] = values_BHMd
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]

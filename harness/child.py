@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -77,6 +76,8 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
 
 Event = Preparing | Prepared | Warned | Refused | Left | Started | Decoded
 Emit = Callable[[Event], None]
+WATCHED = "HARNESS_WATCHED"
+"where a child finds the end of a pipe that its parent holds"
 
 
 def to_parent() -> Emit:
@@ -84,8 +85,9 @@ def to_parent() -> Emit:
 
     From now on this process, and what it started, ends with its parent, however that ends.
     """
-    if stat.S_ISFIFO(os.fstat(0).st_mode):  # as `run` makes it
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+    watched = os.environ.pop(WATCHED, None)
+    if watched is not None:
+        threading.Thread(target=_end_with_parent, args=(int(watched),), daemon=True).start()
     lines = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
 
@@ -95,10 +97,10 @@ def to_parent() -> Emit:
     return emit
 
 
-def _end_with_parent() -> None:
-    """Our stdin is a pipe that nobody writes to: what can be read of it is its end, when the parent is gone."""
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
+def _end_with_parent(watched: int) -> None:
+    """Nobody writes to this pipe: what can be read of it is its end, when the parent is gone."""
+    os.read(watched, 1)
+    os.killpg(0, signal.SIGKILL)  # the group that `run` gave us
 
 
 def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, environment: Mapping[str, str]) -> int:
@@ -106,16 +108,18 @@ def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, envir
 
     `environment` is added to ours. A child does not see Ctrl-C, which reaches us, and is stopped when we leave.
     """
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=os.environ | environment,
-            start_new_session=True,
-        )
-        assert process.stdin is not None
+    watched, held = os.pipe()
+    with log.open("wb") as stderr, os.fdopen(held, "wb"):
+        with os.fdopen(watched, "rb"):
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=os.environ | environment | {WATCHED: str(watched)},
+                start_new_session=True,
+                pass_fds=[watched],
+            )
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -126,5 +130,4 @@ def run(module: str, arguments: Sequence[Path], log: Path, on_event: Emit, envir
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # and what it started: pip, compilers
                 process.wait()
-            process.stdin.close()
             process.stdout.close()

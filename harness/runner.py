@@ -140,16 +140,23 @@ def _alone(directory: Path) -> Iterator[None]:
     """The directory, made where there is none, while no other run writes into it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(directory)
         lock = FileLock(directory / LOCK, timeout=0).acquire()
     except OSError as error:
         if isinstance(error, Timeout):
             raise UserError(f"another run is writing into {directory}: wait for it, or give another --out") from error
         raise _unwritable(directory, error) from error
     with lock:
+        yield
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raises UserError for a directory that has something in it, but no run."""
+    if any(path.name != LOCK for path in directory.iterdir()):
         try:
-            yield
-        finally:
-            (directory / LOCK).unlink(missing_ok=True)
+            read_run(directory)
+        except UserError as error:
+            raise UserError(f"{directory} is not empty and holds no run of this program: give another --out") from error
 
 
 def _unwritable(directory: Path, error: OSError) -> UserError:
@@ -166,11 +173,6 @@ def _open(plan: Plan, directory: Path, command: Sequence[str]) -> Manifest:
         manifest = msgspec.structs.replace(
             begun, precision=manifest.precision, time_budget_seconds=manifest.time_budget_seconds
         )
-    elif any(path.name != LOCK for path in directory.iterdir()):
-        try:
-            read_run(directory)
-        except UserError as error:
-            raise UserError(f"{directory} is not empty and holds no run of this program: give another --out") from error
     (directory / "workers").mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_bytes(msgspec.json.encode(plan))
     write_manifest(directory, manifest)

@@ -178,8 +178,10 @@ class GraphRuntime(CapturingRuntime):
                 except Exception as error:
                     cause = error
                     raise
-        except Exception as error:
-            raise cause or error from None  # a broken capture cannot end either, and would say only that
+        except Exception:
+            if cause is None:
+                raise
+            raise cause from cause.__cause__  # a broken capture cannot end either, and would say only that
         self._seconds += time.perf_counter() - started
         self._bytes += torch.cuda.memory_allocated(self.device) - before
         return Graph(graph, inputs, outputs), outputs

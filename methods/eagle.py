@@ -223,6 +223,9 @@ class Eagle(Method):
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
         layer, head, taps = load_layer(drafter, target.trunk)
+        rows = target.trunk.vocabulary if head.ids_V is None else head.ids_V.shape[0]
+        if options.nodes and options.branch > rows:
+            raise ValueError(f"this eagle drafter knows {rows} tokens: branch={options.branch} is out of range")
         layer = layer.to(target.device, target.trunk.dtype).join(target.runtime.joins)
         return cls(target, layer, head, taps, options, sampler)
 
@@ -337,7 +340,8 @@ class Eagle(Method):
     def _see(self, ahead: Ahead, slots_M: Tensor) -> Tensor:
         """(M, S), to be added to the scores of queries that see all slots up to `slots_M`, their own."""
         see, span = self.target.runtime.compiled(bias), ahead.both.shape[-2]
-        return see(self.cache.here, slots_M, slots_M, None, span, 0, None, 1, self.cache.dtype)
+        here, dtype = self.cache.here, self.cache.dtype
+        return see(here, slots_M, slots_M, None, span=span, at=0, window=None, groups=1, dtype=dtype)
 
     @classmethod
     def trainee(

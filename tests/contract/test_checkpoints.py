@@ -275,6 +275,8 @@ def test_an_eagle_checkpoint_that_does_not_fit_says_what_is_wrong(tmp_path: Path
     scaled = SIZES | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     with pytest.raises(ValueError, match="scaled rotary"):
         load("eagle", target, directory(tmp_path / "scaled", tensors, scaled))
+    with pytest.raises(ValueError, match="knows 41 tokens: branch=42 is out of range"):
+        load("eagle", target, directory(tmp_path / "narrow", tensors, SIZES), nodes=4, branch=42)
 
 
 # --- Medusa -----------------------------------------------------------------------------------------------------------
