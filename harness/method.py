@@ -85,8 +85,11 @@ class Method:
         return cls.name
 
     @classmethod
-    def deltas(cls, drafter: Path) -> dict[str, Tensor]:
-        """For a method with merged weights: what is added to each parameter of the target, by name."""
+    def deltas(cls, drafter: Path, depth: int) -> dict[str, Tensor]:
+        """For a method with merged weights: what is added to each parameter of a target of so many layers, by name.
+
+        Raises UserError for a drafter that was trained for another depth.
+        """
         raise NotImplementedError(cls.name)
 
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from harness.paths import cache_dir, write_atomically
 from harness.plan import Merge, Plan
 from harness.results import Roofline
 from harness.sampling import Sampler
-from harness.trunk import Layers
 from harness.weights import Bits, LoadedModel, ModelSource
 from harness.worker import encoded, exact_float32, seat
 
@@ -251,20 +249,17 @@ def merged(
     directory = cache_dir() / "merged" / key
     if not directory.is_dir():
         emit(child.Preparing(f"merging {path.name} into the target"))
-        deltas = method.find(merge.method).deltas(path)
         loaded = weights.load(base, Bits(32), device="cpu", trust_remote_code=trust_remote_code)
+        deltas = method.find(merge.method).deltas(path, loaded.model.config.get_text_config().num_hidden_layers)
         parameters = dict(loaded.model.named_parameters())
         full = {name: name if name in parameters else f"model.{name}" for name in deltas}
-        foreign = f"the {merge.method} drafter {path} was trained for another model than {base.name}"
         for name, delta in deltas.items():
             if full[name] not in parameters or parameters[full[name]].shape != delta.shape:
                 shape = " x ".join(map(str, delta.shape))
-                raise UserError(f"{foreign}, which has no {name} of shape {shape}: name another drafter")
-        adapted = {int(found[1]) for name in deltas if (found := re.match(r"layers\.(\d+)\.", name))}
-        depth = loaded.model.config.get_text_config().num_hidden_layers
-        front, back = drafter.metadata(path)[0].get("keep") or (depth, 0)
-        if front + back > depth or not adapted <= {*Layers.ends(front, back, depth).indices}:
-            raise UserError(f"{foreign}, whose {depth} layers begin and end elsewhere: name another drafter")
+                raise UserError(
+                    f"the {merge.method} drafter {path} was trained for another model than {base.name}, which has no "
+                    f"{name} of shape {shape}: name another drafter"
+                )
         for name, delta in deltas.items():
             parameters[full[name]].data += delta
         partial = directory.with_name(f"{key}.{os.getpid()}.partial")

@@ -76,15 +76,21 @@ class S3D(Method):
         return cls.name if options.mode == "gated" else f"{cls.name}-shared"
 
     @classmethod
-    def deltas(cls, drafter: Path) -> dict[str, Tensor]:
-        mode = checkpoint.metadata(drafter)[0].get("mode")
-        if mode != "shared":
+    def deltas(cls, drafter: Path, depth: int) -> dict[str, Tensor]:
+        config, _ = checkpoint.metadata(drafter)
+        if config.get("mode") != "shared":
             raise UserError(
-                f"the s3d drafter {drafter} was trained for mode={mode}, whose LoRA is no part of the target: name one "
-                "that was trained for mode=shared"
+                f"the s3d drafter {drafter} was trained for mode={config.get('mode')}, whose LoRA is no part of the "
+                "target: name one that was trained for mode=shared"
             )
-        tensors = checkpoint.tensors(drafter)
+        tensors, (front, back) = checkpoint.tensors(drafter), config["keep"]
         names = {name.removesuffix(".a") for name in tensors if name.endswith(".a")}
+        adapted = {int(name.removeprefix("pairs.").partition("/")[0]) for name in names}
+        if adapted != {*Layers.ends(front, back, depth).indices}:
+            raise UserError(
+                f"the s3d drafter {drafter} was trained for a model of another depth than this one's {depth} layers: "
+                "name another drafter"
+            )
         return {
             f"layers.{name.removeprefix('pairs.').replace('/', '.')}.weight": (
                 tensors[f"{name}.b"].float() @ tensors[f"{name}.a"].float()

@@ -90,7 +90,7 @@ def test_shared_weights_draft_what_they_were_trained_to(tmp_path: Path) -> None:
     model, merged = tiny("llama"), tiny("llama")
     made = trainee("s3d", model, std=0.1, mode="shared", k=3, rank=4, keep="1+2")
     path = write(tmp_path / "drafter.safetensors", made)
-    for name, delta in method.find("s3d").deltas(path).items():
+    for name, delta in method.find("s3d").deltas(path, 4).items():
         merged.model.get_parameter(name).add_(delta)
     target = Target(merged, capacity=CAPACITY)
     drafting = load("s3d", target, path, sampler(temperature=1.0), mode="shared")

@@ -227,7 +227,7 @@ def test_a_merged_target_is_the_base_plus_the_deltas(ready: Ready) -> None:
 
     base = weights.load(ready.plan.model, Bits(32), device="cpu").model.state_dict()
     merged = weights.load(ready.prepared.sources["s3d-shared"], Bits(32), device="cpu").model.state_dict()
-    deltas = S3D.deltas(ready.directory / "shared.safetensors")
+    deltas = S3D.deltas(ready.directory / "shared.safetensors", 4)
     assert deltas
     for name, tensor in base.items():
         expected = tensor + deltas.get(name.removeprefix("model."), torch.zeros(()))
@@ -238,9 +238,9 @@ def test_a_merged_target_is_the_base_plus_the_deltas(ready: Ready) -> None:
     ("mode", "changes", "said"),
     [
         ("gated", {}, "was trained for mode=gated"),
-        ("shared", {"num_hidden_layers": 6}, "trained for another model than toy, which has no layers.4"),
+        ("shared", {"num_hidden_layers": 6}, "trained for a model of another depth than this one's 4 layers"),
         ("shared", {"intermediate_size": 96}, "trained for another model than toy, which has no layers"),
-        ("shared", {"num_hidden_layers": 3}, "trained for another model than toy, whose 4 layers"),
+        ("shared", {"num_hidden_layers": 3}, "trained for a model of another depth than this one's 4 layers"),
     ],
 )
 def test_a_drafter_of_another_mode_or_model_is_not_merged(
