@@ -141,6 +141,8 @@ def diagnose(error: Exception) -> tuple[Outcome, str]:
         return "unsupported", text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return "oom", _brief(text.partition("\n")[0]) or "out of memory"
+    if isinstance(error, torch.AcceleratorError):
+        text = text.partition("\n")[0]  # what follows is how to debug CUDA
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
     return "error", f"{type(error).__name__}: {text} (at {where})"

@@ -502,6 +502,8 @@ def test_running_out_of_memory_is_told_from_a_bug() -> None:
     )
     assert worker.diagnose(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"))[0] == "oom"
     assert worker.diagnose(UserError("choose 3")) == ("unsupported", "choose 3")
+    captured = torch.AcceleratorError("CUDA error: not while capturing\nSearch for `cudaError' in https://docs")
+    assert worker.diagnose(captured) == ("error", "AcceleratorError: CUDA error: not while capturing (at )")
     try:
         drafter.tensors(Path("/nowhere.safetensors"))
     except Exception as error:
