@@ -17,7 +17,6 @@ from torch import Tensor
 
 Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
 "what a runtime makes of a function of tensors"
-TOO_SMALL = "the target was given too small a cache"
 
 
 def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,8 +84,7 @@ class KVCache:
 
     def reaching(self, scratch: int) -> int:
         """Slots that forwards look at which end `scratch` slots beyond the length."""
-        stop = self.length + scratch
-        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: {TOO_SMALL}"
+        stop = self._up_to(self.length + scratch)
         return stop if self._length is None else self.span
 
     def positions(self, at: int, size: int) -> Tensor:
@@ -98,11 +96,14 @@ class KVCache:
 
     def write(self, layer: int, start: int, keys_BHMd: Tensor, values_BHMd: Tensor) -> tuple[Tensor, Tensor]:
         """Store M slots from `start` on and return all slots up to them, (B, H, start + M, d) each."""
-        stop = start + keys_BHMd.shape[2]
-        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: {TOO_SMALL}"
+        stop = self._up_to(start + keys_BHMd.shape[2])
         self.keys[layer][:, :, start:stop] = keys_BHMd
         self.values[layer][:, :, start:stop] = values_BHMd
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+    def _up_to(self, stop: int) -> int:
+        assert stop <= self.capacity, f"slot {stop} of {self.capacity}: the target was given too small a cache"
+        return stop
 
     def gather(self, offsets_K: Tensor) -> None:
         """Move the scratch slots at `offsets_K` (ascending, from 1) beyond the length to 1, 2, ... beyond it."""

@@ -151,8 +151,9 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Raises UserError for a directory that has something in it, but no run."""
-    if any(path.name != LOCK for path in directory.iterdir()):
+    """Raises UserError for a directory that has something in it, but no run; `_open` judges one with trials."""
+    begun = (directory / "trials.jsonl").is_file()
+    if not begun and any(path.name != LOCK for path in directory.iterdir()):
         try:
             read_run(directory)
         except UserError as error:

@@ -280,12 +280,17 @@ class DraftHead:
 
     def refuse_misfit(self, own_VD: Tensor) -> None:
         """Raises ValueError for an output head that is not one row an id, as wide as the target."""
-        rows, width = self.trunk.vocabulary if self.ids_V is None else self.ids_V.shape[0], self.trunk.width
+        rows, width = self.rows, self.trunk.width
         if own_VD.shape != (rows, width):
             raise ValueError(
                 f"this drafter's output head is {' x '.join(map(str, own_VD.shape))}, where {rows} tokens x {width} "
                 "features are needed: name a drafter that was trained for this target"
             )
+
+    @property
+    def rows(self) -> int:
+        """Tokens that it tells apart."""
+        return self.trunk.vocabulary if self.ids_V is None else self.ids_V.shape[0]
 
     @property
     def bytes(self) -> int:

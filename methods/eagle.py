@@ -223,9 +223,8 @@ class Eagle(Method):
     def load(cls, target: Target, options: EagleOptions, drafter: Path | None, sampler: Sampler) -> Eagle:
         assert drafter is not None
         layer, head, taps = load_layer(drafter, target.trunk)
-        rows = target.trunk.vocabulary if head.ids_V is None else head.ids_V.shape[0]
-        if options.nodes and options.branch > rows:
-            raise ValueError(f"this eagle drafter knows {rows} tokens: branch={options.branch} is out of range")
+        if options.nodes and options.branch > head.rows:
+            raise ValueError(f"this eagle drafter knows {head.rows} tokens: branch={options.branch} is out of range")
         layer = layer.to(target.device, target.trunk.dtype).join(target.runtime.joins)
         return cls(target, layer, head, taps, options, sampler)
 
@@ -333,9 +332,9 @@ class Eagle(Method):
 
     def _ahead(self, levels: int, slots: int) -> Ahead:
         """For so many levels of steps, whose keys go to so many slots beyond the verified ones."""
-        turns = self.target.runtime.compiled(rotations)(self.cache.positions(0, levels)[None], *self.layer.rotation)
-        seen = self.cache.both[0][..., : self.cache.reaching(slots), :]
-        return Ahead(self.cache.positions(0, slots), seen, *turns)
+        slots_S = self.cache.positions(0, slots)
+        turns = self.target.runtime.compiled(rotations)(slots_S[None, :levels], *self.layer.rotation)
+        return Ahead(slots_S, self.cache.both[0][..., : self.cache.reaching(slots), :], *turns)
 
     def _see(self, ahead: Ahead, slots_M: Tensor) -> Tensor:
         """(M, S), to be added to the scores of queries that see all slots up to `slots_M`, their own."""
