@@ -107,15 +107,17 @@ class AdaptedJoined(nn.Module):
         b = iter(pair.b for pair in pairs)
         self.b = [adjacent([next(b) for _ in range(count)]).view(count, size, -1) for size, count in self.runs]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        x = self.layers.normed(x)
         if self.whole is not None:
             out, low = torch.split(F.linear(x, self.whole), [sum(self.layers.sizes), self.a.shape[0]], dim=-1)
         else:
-            out, low = self.layers(x), F.linear(x, self.a)
+            out, low = self.layers.product(x), F.linear(x, self.a)
         outs = torch.split(out.flatten(0, -2), [size * count for size, count in self.runs], dim=-1)
         lows = torch.split(low.flatten(0, -2), [self.rank * count for _, count in self.runs], dim=-1)
         added = [self._add(*parts) for parts in zip(outs, lows, self.b, strict=True)]
-        return torch.cat(added, dim=-1).view_as(out) if torch.compiler.is_compiling() else out
+        out = torch.cat(added, dim=-1).view_as(out) if torch.compiler.is_compiling() else out
+        return out if plus is None else plus + out
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
         return torch.split(self(x), self.layers.sizes, dim=-1)

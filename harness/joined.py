@@ -3,7 +3,7 @@
 Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
 model's own: joined ones lie one after another in memory, and the model's own layers look at their parts (plain ones
 until `apart`). In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once
-less.
+less, and compiled, what one token's product reads and adds to is not rounded before.
 """
 
 from __future__ import annotations
@@ -31,21 +31,31 @@ class Joined(nn.Module):
     One product where the weights can lie together: plain and LLM.int8 ones can, nf4 has a state for each.
     """
 
-    def __init__(self, parts: Mapping[str, Any], batched: bool = True) -> None:
-        """`parts` by their names in the decoder layer; `batched` where launches and latency are what costs."""
+    def __init__(self, parts: Mapping[str, Any], batched: bool = True, norm: nn.Module | None = None) -> None:
+        """`parts` by their names in the decoder layer; `batched` where launches and latency are what costs.
+
+        With a `norm` the inputs are normalised first.
+        """
         super().__init__()
         self.names = tuple(parts)
         self.parts = list(parts.values())
         self.sizes = [part.out_features for part in self.parts]
         whole = _whole(self.parts)
         self.products = nn.ModuleList(self.parts if whole is None else [whole])
-        self.plain, self.batched = type(whole) is nn.Linear, batched
+        self.plain, self.batched, self.norm = type(whole) is nn.Linear, batched, norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._small:
-            weight: Tensor = self.products[0].weight  # type: ignore[assignment]
-            return (x.view(1, -1).float() * weight).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-        outs = [product(x) for product in self.products]
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """The outputs, added to `plus`, (.., out), where it is given."""
+        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._bare:
+            return self._row(x.view(-1), None if plus is None else plus.view(-1)).view(*x.shape[:-1], -1)
+        out = self.product(self.normed(x))
+        return out if plus is None else plus + out
+
+    def normed(self, x: Tensor) -> Tensor:
+        return x if self.norm is None else fused_norm(self.norm, x)
+
+    def product(self, normed: Tensor) -> Tensor:
+        outs = [product(normed) for product in self.products]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
@@ -58,24 +68,38 @@ class Joined(nn.Module):
         blocks = self._blocks(x, width)
         return cut(self(x), width) if blocks is None else blocks.transpose(0, 1)
 
+    def _row(self, x_D: Tensor, plus_O: Tensor | None) -> Tensor:
+        """One token's outputs, compiled for CUDA."""
+        weight_OD: Tensor = self.products[0].weight  # type: ignore[assignment]
+        if not self._small:
+            norm: Any = self.norm
+            scale_D, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
+            return torch.ops.harness.row_product(x_D, weight_OD, scale_D, epsilon, plus_O)  # type: ignore[no-any-return]
+        out_O = (self.normed(x_D).float() * weight_OD).sum(-1).to(x_D.dtype)
+        return out_O if plus_O is None else plus_O + out_O
+
     def _blocks(self, x: Tensor, size: int) -> Tensor | None:
         """Blocks of the outputs, (blocks, B, M, size), each contiguous; None where that costs more than it gives.
 
         Kernels over parts of rows take twice as long as over contiguous ones, and what is small is not slower as a
         batch of products.
         """
-        rows_MD = x.flatten(0, -2)
-        if len(rows_MD) == 1 or not (self.batched and self._small):
+        if x.numel() == x.shape[-1] or not (self.batched and self._small):
             return None
         weight: Tensor = self.products[0].weight  # type: ignore[assignment]
         blocks = weight.view(-1, size, weight.shape[1]).transpose(1, 2)
-        outs = torch.bmm(rows_MD.expand(len(blocks), -1, -1), blocks)
+        outs = torch.bmm(self.normed(x).flatten(0, -2).expand(len(blocks), -1, -1), blocks)
         return outs.view(len(blocks), *x.shape[:-1], size)
+
+    @property
+    def _bare(self) -> bool:
+        """One plain matrix."""
+        return self.plain and self.products[0].bias is None
 
     @property
     def _small(self) -> bool:
         product: Any = self.products[0]
-        return self.plain and product.bias is None and product.weight.nbytes <= SMALL_BYTES
+        return self._bare and product.weight.nbytes <= SMALL_BYTES
 
     def widen(self, rows: Sequence[Tensor]) -> Tensor | None:
         """The weights with more rows behind them, which move there, as one tensor; None where that cannot be."""
@@ -88,26 +112,29 @@ class Joined(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with one product for queries, keys and values, which are stored and rotated together."""
+    """Attention with one product for queries, keys and values, which are stored and rotated together.
 
-    def __init__(self, own: Any) -> None:
+    Hidden states in, and out with the attention's output added, (B, M, D).
+    """
+
+    def __init__(self, own: Any, norm: nn.Module) -> None:
         super().__init__()
         self.head_width, self.scaling = own.head_dim, own.scaling
         self.kv_heads = own.k_proj.out_features // own.head_dim
         self.heads = own.q_proj.out_features // own.head_dim
-        self.qkv = Joined({f"self_attn.{name}": getattr(own, name) for name in ("q_proj", "k_proj", "v_proj")})
+        parts = {f"self_attn.{name}": getattr(own, name) for name in ("q_proj", "k_proj", "v_proj")}
+        self.qkv = Joined(parts, norm=norm)
         self.o_proj = Joined({"self_attn.o_proj": own.o_proj})
         self.q_norm, self.k_norm = getattr(own, "q_norm", None), getattr(own, "k_norm", None)
 
-    def forward(
-        self, hidden_BMD: Tensor, *, position_embeddings: tuple[Tensor, Tensor], view: Slots, **_: Any
-    ) -> tuple[Tensor, None]:
-        """`position_embeddings` are those of `turning`."""
+    def forward(self, hidden_BMD: Tensor, turn: tuple[Tensor, Tensor], view: Slots) -> Tensor:
+        """`turn` is `turning`'s."""
         heads_BHMd = self.qkv.heads(hidden_BMD, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             query, key, value = torch.split(heads_BHMd, [self.heads, self.kv_heads, self.kv_heads], dim=1)
             heads_BHMd = torch.cat((fused_norm(self.q_norm, query), fused_norm(self.k_norm, key), value), dim=1)
-        return self.o_proj(turn_and_attend(heads_BHMd, self.kv_heads, *position_embeddings, view, self.scaling)), None
+        attended_BMD = turn_and_attend(heads_BHMd, self.kv_heads, *turn, view, self.scaling)
+        return self.o_proj(attended_BMD, hidden_BMD)  # type: ignore[no-any-return]
 
 
 def turn_and_attend(heads_BHMd: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, view: Slots, scale: float) -> Tensor:
@@ -129,21 +156,56 @@ def cut(rows: Tensor, width: int) -> Tensor:
 
 
 class MLP(nn.Module):
-    """A gated MLP with one product for gate and up."""
+    """A gated MLP with one product for gate and up; hidden states in, and out with its output added."""
+
+    def __init__(self, own: Any, norm: nn.Module) -> None:
+        super().__init__()
+        parts = {f"mlp.{name}": getattr(own, name) for name in ("gate_proj", "up_proj")}
+        self.gate_up = Joined(parts, norm=norm)
+        self.down_proj, self.act_fn = Joined({"mlp.down_proj": own.down_proj}), own.act_fn
+
+    def forward(self, hidden_BMD: Tensor) -> Tensor:
+        gate, up = self.gate_up.each(hidden_BMD)
+        return self.down_proj(self.act_fn(gate) * up, hidden_BMD)  # type: ignore[no-any-return]
+
+
+class JoinedLayer(nn.Module):
+    """A decoder layer of one of FORMS, over the weights of transformers' own."""
 
     def __init__(self, own: Any) -> None:
         super().__init__()
-        self.gate_up = Joined({f"mlp.{name}": getattr(own, name) for name in ("gate_proj", "up_proj")})
-        self.down_proj, self.act_fn = Joined({"mlp.down_proj": own.down_proj}), own.act_fn
+        self.self_attn = Attention(own.self_attn, own.input_layernorm)
+        self.mlp = MLP(own.mlp, own.post_attention_layernorm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up.each(x)
-        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+    def forward(
+        self, hidden_BMD: Tensor, turn: tuple[Tensor, Tensor], view: Slots, attends: bool, feeds: bool
+    ) -> Tensor:
+        if attends:
+            hidden_BMD = self.self_attn(hidden_BMD, turn, view)
+        return self.mlp(hidden_BMD) if feeds else hidden_BMD
 
 
-def joined(layer: nn.Module) -> nn.Module:
-    """A decoder layer of one of FORMS in this shape, over the same weights."""
-    return twin(layer, {"self_attn": Attention(layer.self_attn), "mlp": MLP(layer.mlp)})
+@torch.library.custom_op("harness::row_product", mutates_args=())
+def row_product(
+    x_D: Tensor, weight_OD: Tensor, scale_D: Tensor | None, epsilon: float, plus_O: Tensor | None
+) -> Tensor:
+    """One token's outputs, (O,): of x or, with a scale, of its RMS norm (Zhang & Sennrich 2019); added to `plus`."""
+    if scale_D is not None:
+        x_D = F.rms_norm(x_D, x_D.shape, scale_D, epsilon)
+    out_O = F.linear(x_D, weight_OD)
+    return out_O if plus_O is None else plus_O + out_O
+
+
+@row_product.register_fake
+def _(x_D: Tensor, weight_OD: Tensor, scale_D: Tensor | None, epsilon: float, plus_O: Tensor | None) -> Tensor:
+    return x_D.new_empty(weight_OD.shape[0])
+
+
+@row_product.register_kernel("cuda")
+def _(x_D: Tensor, weight_OD: Tensor, scale_D: Tensor | None, epsilon: float, plus_O: Tensor | None) -> Tensor:
+    from harness.row_kernel import launch  # Triton comes with torch for CUDA
+
+    return launch(x_D, weight_OD, scale_D, epsilon, plus_O)
 
 
 def turning(cos_BMd: Tensor, sin_BMd: Tensor) -> tuple[Tensor, Tensor]:

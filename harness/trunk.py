@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from harness.attention import INTERFACE, FixedView, View, attend_view
 from harness.cache import KVCache
 from harness.errors import UserError
-from harness.joined import FORMS, fused_norm, joined, turning
+from harness.joined import FORMS, JoinedLayer, fused_norm, turning
 from harness.runtime import Runtime
 
 PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
@@ -175,7 +175,7 @@ class Trunk:
         instead of eight; it rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
         """
         if runtime.joins and self.config.model_type in FORMS:
-            self.fixed = [joined(layer) for layer in self.layers]
+            self.fixed = [JoinedLayer(layer) for layer in self.layers]
         self._run_fixed = runtime.compiled(run_layer)
         self._normalise = fused_norm
 
@@ -241,6 +241,8 @@ def run_layer(
     feeds: bool,
 ) -> Tensor:
     """One decoder layer, with or without its attention and its MLP."""
+    if isinstance(layer, JoinedLayer):
+        return layer(hidden_BMD, turn, view, attends, feeds)  # type: ignore[no-any-return]
     before_attention, after_attention, before_mlp, after_mlp = norms
     if attends:
         normed = normalise(getattr(layer, before_attention), hidden_BMD)
