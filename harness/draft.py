@@ -104,6 +104,44 @@ class RankedTree:
         """`guesses_KR[i, r]` is the r-th best token for depth i."""
         return Draft(guesses_KR[self.depth_N, self.rank_N], self.shape)
 
+    def likeliest(self, guesses_KR: Tensor, log_q_KR: Tensor, nodes: int, compiled: Compiled = as_it_is) -> Draft:
+        """The `nodes` likeliest of these guesses, chosen anew every time, as EAGLE-2 reranks (arXiv 2406.16858, 4.2).
+
+        log_q_KR[i, r] is the logarithm of the r-th best token's chance at depth i; a path's chance is the product.
+        """
+        whole = self.shape
+        candidates = (self.depth_N, self.rank_N, whole.parents_M, whole.depth_M, whole.ancestors_MM)
+        found = compiled(subtree)(guesses_KR, log_q_KR, *candidates, nodes)
+        tokens_N, parents_M, depth_M, ancestors_MM = found
+        return Draft(tokens_N, Shape(parents_M, depth_M, ancestors_MM, whole.longest))
+
+
+TIE = 1e-4
+"of a path's logarithm, a level: more than its rounding"
+
+
+def subtree(
+    guesses_KR: Tensor,
+    log_q_KR: Tensor,
+    depth_C: Tensor,
+    rank_C: Tensor,
+    parents_M: Tensor,
+    depth_M: Tensor,
+    ancestors_MM: Tensor,
+    nodes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens_N, parents_M, depth_M and ancestors_MM of the `nodes` likeliest of C candidates in a tree."""
+    chance_C = ancestors_MM[1:, 1:].to(log_q_KR.dtype) @ log_q_KR[depth_C, rank_C]
+    # A child is never likelier than its parent; where it is as likely, the parent has to win.
+    keep_N = best_of_few(chance_C - TIE * depth_C, nodes)[1].sort().values
+    keep_M = torch.cat((keep_N.new_zeros(1), keep_N + 1))
+    return (
+        guesses_KR[depth_C[keep_N], rank_C[keep_N]],
+        torch.searchsorted(keep_M, parents_M[keep_M]),
+        depth_M[keep_M],
+        ancestors_MM[keep_M[:, None], keep_M],
+    )
+
 
 BLOCKS = (1024, 512, 256, 128)
 SORTED_AT_ONCE = 128
@@ -124,6 +162,13 @@ def best_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     places_RS = (inside_RBC + torch.arange(0, width, block, device=scores_RV.device)[:, None]).flatten(1)
     best_RC, which_RC = best_of_few(some_RBC.flatten(1), count)
     return best_RC, places_RS.gather(1, which_RC)
+
+
+def likeliest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest of each row, likeliest first, and the logarithms of their chances, (R, count) each."""
+    log_q_RV = torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+    rows_RC = best_of(logits_RV, count)[1]
+    return rows_RC, log_q_RV.gather(1, rows_RC)
 
 
 def best_of_few(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness import drafter as checkpoint
 from harness.attention import CacheView, Slots, View, attend, bias, frequencies, rotary
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, best_of, best_of_few, chain, dynamic_tree
+from harness.draft import Draft, Drawn, best_of_few, chain, dynamic_tree, likeliest
 from harness.joined import Joined, cut, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
@@ -141,9 +141,8 @@ def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: Slo
 def best_children(logits_BV: Tensor, chance_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest rows of the head under each leaf, likeliest first, and the logarithms of their paths'
     chances, (B, count) each."""
-    log_q_BV = torch.log_softmax(logits_BV, dim=-1, dtype=torch.float32)
-    rows_BR = best_of(logits_BV, count)[1]
-    return rows_BR, chance_B[:, None] + log_q_BV.gather(1, rows_BR)
+    rows_BR, log_q_BR = likeliest(logits_BV, count)
+    return rows_BR, chance_B[:, None] + log_q_BR
 
 
 def grow(

@@ -22,7 +22,7 @@ from harness import drafter as checkpoint
 from harness.adapters import LoRA
 from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, RankedTree, best_of, best_paths, chain
+from harness.draft import SORTED_AT_ONCE, Draft, Drawn, RankedTree, best_of, best_paths, chain, likeliest
 from harness.errors import UserError
 from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Natural, Options, Positive
@@ -39,7 +39,9 @@ class S3DOptions(Options, frozen=True, kw_only=True):
     mode: Literal["gated", "shared"] = "gated"
     "gated: frozen target, LoRA in the draft pass; shared: the LoRA merged into the target"
     nodes: Natural = 0
-    "size of a static tree of each slot's best guesses, verified at once; 0 drafts the paper's chain"
+    "size of a tree of each slot's best guesses, verified at once; 0 drafts the paper's chain"
+    tree: Literal["static", "dynamic"] = "static"
+    "static: the guesses that were right most often in training; dynamic: those that are likeliest this round"
     rank: Positive = 64
     "training: rank of the LoRA"
     drafter: str | None = None
@@ -62,10 +64,14 @@ class S3D(Method):
         head: DraftHead,
         guesses: RankedTree | None,
         sampler: Sampler,
+        nodes: int = 0,
     ) -> None:
-        """`lora` is None where it is merged into the target; `guesses` is None for a chain."""
+        """`lora` is None where it is merged into the target; `guesses` is None for a chain.
+
+        With `nodes`, the guesses are candidates, of which each round's likeliest are drafted.
+        """
         self.target, self.masks_KD, self.layers, self.lora = target, masks_KD, layers, lora
-        self.head, self.guesses, self.sampler = head, guesses, sampler
+        self.head, self.guesses, self.sampler, self.nodes = head, guesses, sampler, nodes
 
     @classmethod
     def target_weights(cls, options: S3DOptions) -> str:
@@ -121,15 +127,18 @@ class S3D(Method):
             lora.to(target.device, target.trunk.dtype)
             if target.runtime.joins:
                 lora.join(target.trunk)
-        guesses = None
+        guesses, nodes = None, 0
         if options.nodes:
-            accuracy = checkpoint.rank_accuracy(config, k + 1)
-            guesses = RankedTree.of(best_paths(accuracy, options.nodes), target.device)
-        return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler)
+            dynamic = options.tree == "dynamic"
+            accuracy = [ranks[: head.rows] for ranks in checkpoint.rank_accuracy(config, k + 1)]
+            paths = best_paths(accuracy, max(SORTED_AT_ONCE, 2 * options.nodes) if dynamic else options.nodes)
+            guesses = RankedTree.of(paths, target.device)
+            nodes = min(options.nodes, len(paths)) if dynamic else 0
+        return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler, nodes)
 
     @property
     def reach(self) -> int:
-        scored = self.masks_KD.shape[0] + 1 if self.guesses is None else self.guesses.rank_N.shape[0]
+        scored = self.masks_KD.shape[0] + 1 if self.guesses is None else self.nodes or self.guesses.rank_N.shape[0]
         return 1 + max(scored, self.masks_KD.shape[0])
 
     @property
@@ -144,6 +153,10 @@ class S3D(Method):
         slots = torch.cat((self.target.trunk.embed(self.target.pending_1), self.masks_KD))
         hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
         logits = self.head.logits(hidden)
+        if self.guesses is not None and self.nodes:
+            compiled = self.target.runtime.compiled
+            rows_KR, log_q_KR = compiled(likeliest)(logits, self.guesses.ranks)
+            return self.guesses.likeliest(self.head.tokens(rows_KR), log_q_KR, self.nodes, compiled)
         if self.guesses is not None:
             return self.guesses.draft(self.head.tokens(best_of(logits, self.guesses.ranks)[1]))
         shape = chain(logits.shape[0], self.target.device)

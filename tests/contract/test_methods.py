@@ -56,6 +56,7 @@ CASES = [
     Case("s3d", training=S3D),
     Case("s3d", {"k": 1}, S3D, SUBSET),
     Case("s3d", {"nodes": 11}, S3D, SUBSET),
+    Case("s3d", {"nodes": 11, "tree": "dynamic"}, S3D, SUBSET),
     # Every layer drafts and no adapter is active: slot 0 is the target itself, so half the drafts are right.
     Case("s3d", {"k": 0}, {"k": 1, "rank": 4, "keep": "2+2"}, std=0.0),
     Case("medusa"),
@@ -295,6 +296,7 @@ SAMPLED = [
     Case("s3d", training=S3D, std=0.4),
     Case("s3d", {"k": 2}, S3D, torch.tensor([0, 1, 3])),
     Case("s3d", {"nodes": 6}, S3D, torch.tensor([0, 1, 3])),
+    Case("s3d", {"nodes": 6, "tree": "dynamic"}, S3D, torch.tensor([0, 1, 3])),
     Case("medusa", {"nodes": 8}),
     Case("eagle", {"depth": 2}),
     Case("eagle", {"depth": 2}, vocabulary_V=torch.tensor([0, 2])),

@@ -8,7 +8,7 @@ from bench import steady
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.draft import best_of, chain, dynamic_tree, nothing, point_chain, tree
+from harness.draft import RankedTree, best_of, best_paths, chain, dynamic_tree, likeliest, nothing, point_chain, tree
 
 CPU = torch.device("cpu")
 
@@ -78,3 +78,24 @@ def test_the_best_of_a_wide_row_are_those_of_topk(width: int) -> None:
     expected = scores_RV.topk(5, dim=-1)
     assert torch.equal(best_RC, expected.values)
     assert torch.equal(place_RC, expected.indices)
+
+
+def test_the_likeliest_guesses_are_those_of_trying_all() -> None:
+    logits_KV = 3 * torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    rows_KR, log_q_KR = likeliest(logits_KV, 4)
+    assert torch.equal(log_q_KR, logits_KV.log_softmax(-1).gather(1, rows_KR))
+    every = best_paths([[0.4, 0.3, 0.2, 0.1]] * 3, 4 + 16 + 64)
+    chances = {path: sum(float(log_q_KR[i, rank]) for i, rank in enumerate(path)) for path in every}
+    for nodes in (1, 10, 60):
+        draft = RankedTree.of(every, CPU).likeliest(rows_KR, log_q_KR, nodes)
+        kept = sorted(sorted(every, key=lambda path: -chances[path])[:nodes], key=lambda path: (len(path), path))
+        expected = RankedTree.of(kept, CPU)
+        assert torch.equal(draft.tokens_N, expected.draft(rows_KR).tokens_N)
+        for name in ("parents_M", "depth_M", "ancestors_MM"):
+            assert torch.equal(getattr(draft.shape, name), getattr(expected.shape, name))
+
+
+def test_a_parent_as_likely_as_its_child_is_the_one_that_is_kept() -> None:
+    certain = torch.zeros(4, 1)  # every depth has one guess, of chance 1
+    whole = RankedTree.of([(0,) * depth for depth in range(1, 5)], CPU)
+    assert whole.likeliest(torch.tensor([[5], [6], [7], [8]]), certain, 2).tokens_N.tolist() == [5, 6]

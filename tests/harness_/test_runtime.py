@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from bench import Rehearsal, decoded, load, steady, text, trainee, write
@@ -74,19 +77,30 @@ def test_an_output_of_one_capture_is_read_in_place_by_the_next() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "nodes"), [("ar", 0), ("s3d", 0), ("eagle", 0), ("eagle", 20), ("layerskip", 0)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ar", {}),
+        ("s3d", {}),
+        ("s3d", {"nodes": 9, "tree": "dynamic"}),
+        ("eagle", {}),
+        ("eagle", {"nodes": 20}),
+        ("layerskip", {}),
+    ],
+)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_compiled_layers_give_the_same_text(name: str, nodes: int, architecture: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_layers_give_the_same_text(
+    name: str, options: dict[str, Any], architecture: str, tmp_path: Path
+) -> None:
     model = tiny(architecture)
     path = None
-    given = {"nodes": nodes} if nodes else {}
     if name in ("s3d", "eagle"):
         trained = {"k": 3, "rank": 4, "keep": "1+2"} if name == "s3d" else {}
         path = write(tmp_path / "drafter.safetensors", trainee(name, model, **trained))
     texts = []
     for runtime in (Runtime(), FixedRuntime("compile"), Rehearsal("compile")):
         target = Target(model, capacity=300, scratch=80, runtime=runtime)
-        texts.append(decoded(target, load(name, target, path, **given), text(12, VOCAB), Limits(24)))
+        texts.append(decoded(target, load(name, target, path, **options), text(12, VOCAB), Limits(24)))
         assert bool(runtime.captures) is (runtime.name == "compile")
     assert texts[0] == texts[1] == texts[2]
 
