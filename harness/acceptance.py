@@ -2,8 +2,8 @@
 
 `--acceptance 0.7,0.6,0.5` gives P(depth i accepted | depth i - 1 accepted) for depths 1, 2, 3, and the last holds for
 all deeper ones. A figure of tokens per round becomes a profile by one rule: the same chance at every depth, such that
-the tokens per round over the depths that the method drafts are that figure. Values only: the verdicts themselves are
-drawn in `harness.drawn`.
+the tokens per round over the depths that the method drafts are that figure (a dynamic tree that is shallower in a round
+gives less). Values only: the verdicts themselves are drawn in `harness.drawn`.
 """
 
 from __future__ import annotations
@@ -89,8 +89,12 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _kind(method: str, options: Mapping[str, Any]) -> str:
-    """Published EAGLE figures are of trees, Spec-Bench's EAGLE-2 of dynamic ones: they are no chain's."""
-    return method if method != "eagle" else "eagle-2" if options.get("nodes") else "eagle chain"
+    """Published EAGLE figures are of trees, Spec-Bench's EAGLE-2 of dynamic ones: they are no chain's, as in S3D."""
+    if method == "eagle":
+        return "eagle-2" if options.get("nodes") else "eagle chain"
+    if method == "s3d" and options.get("nodes"):
+        return f"s3d {options.get('tree', 'static')} tree"
+    return method
 
 
 def read(said: str | Sequence[float]) -> Acceptance:

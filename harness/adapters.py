@@ -90,7 +90,7 @@ class Adapted(nn.Module):
 
 
 class AdaptedJoined(nn.Module):
-    """Joined layers and their pairs: every A is read by one product, with the layers' own where they are plain.
+    """What stands for Joined layers with their pairs: every A is read by one product, with the layers' own if plain.
 
     Every B too of layers of one size that are neighbours, as keys and values are.
     """

@@ -8,7 +8,7 @@ Scored position 0 is the pending token; drafted node j (1-based) is scored posit
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from harness.cache import Compiled, as_it_is
+
+Tokens = Callable[[Tensor], Tensor]
+"target ids of a head's rows"
 
 
 class Drawn(Enum):
@@ -100,47 +103,53 @@ class RankedTree:
             1 + max(path[-1] for path in order),
         )
 
-    def draft(self, guesses_KR: Tensor) -> Draft:
-        """`guesses_KR[i, r]` is the r-th best token for depth i."""
+    def __len__(self) -> int:
+        return self.rank_N.shape[0]
+
+    def draft(self, logits_KV: Tensor, tokens: Tokens, compiled: Compiled = as_it_is) -> Draft:
+        """logits_KV[i] guess the token at depth i; `tokens` are the target's ids of their columns."""
+        guesses_KR = tokens(best_of(logits_KV, self.ranks)[1])
         return Draft(guesses_KR[self.depth_N, self.rank_N], self.shape)
 
-    def likeliest(self, guesses_KR: Tensor, log_q_KR: Tensor, nodes: int, compiled: Compiled = as_it_is) -> Draft:
-        """The `nodes` likeliest of these guesses, chosen anew every time, as EAGLE-2 reranks (arXiv 2406.16858, 4.2).
 
-        log_q_KR[i, r] is the logarithm of the r-th best token's chance at depth i; a path's chance is the product.
-        """
-        whole = self.shape
-        candidates = (self.depth_N, self.rank_N, whole.parents_M, whole.depth_M, whole.ancestors_MM)
-        found = compiled(subtree)(guesses_KR, log_q_KR, *candidates, nodes)
-        tokens_N, parents_M, depth_M, ancestors_MM = found
-        return Draft(tokens_N, Shape(parents_M, depth_M, ancestors_MM, whole.longest))
+@dataclass(frozen=True)
+class LikeliestTree:
+    """The `nodes` likeliest of a tree of candidates, chosen anew every round (EAGLE-2, arXiv 2406.16858, section 4.2).
+
+    A path's chance is the product of its guesses'.
+    """
+
+    candidates: RankedTree
+    nodes: int
+
+    def __len__(self) -> int:
+        return self.nodes
+
+    def draft(self, logits_KV: Tensor, tokens: Tokens, compiled: Compiled = as_it_is) -> Draft:
+        """As RankedTree's."""
+        rows_KR, log_q_KR = compiled(likeliest_columns)(logits_KV, self.candidates.ranks)
+        whole, guesses = self.candidates.shape, (self.candidates.depth_N, self.candidates.rank_N)
+        parts = (log_q_KR[guesses], whole.parents_M, whole.depth_M, whole.ancestors_MM)
+        keep_N, parents_M, depth_M, ancestors_MM = compiled(likeliest_subtree)(*parts, self.nodes)
+        shape = Shape(parents_M, depth_M, ancestors_MM, min(whole.longest, self.nodes))
+        return Draft(tokens(rows_KR)[guesses][keep_N], shape)
 
 
-TIE = 1e-4
-"of a path's logarithm, a level: more than its rounding"
-
-
-def subtree(
-    guesses_KR: Tensor,
-    log_q_KR: Tensor,
-    depth_C: Tensor,
-    rank_C: Tensor,
-    parents_M: Tensor,
-    depth_M: Tensor,
-    ancestors_MM: Tensor,
-    nodes: int,
+def likeliest_subtree(
+    log_q_C: Tensor, parents_M: Tensor, depth_M: Tensor, ancestors_MM: Tensor, nodes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens_N, parents_M, depth_M and ancestors_MM of the `nodes` likeliest of C candidates in a tree."""
-    chance_C = ancestors_MM[1:, 1:].to(log_q_KR.dtype) @ log_q_KR[depth_C, rank_C]
-    # A child is never likelier than its parent; where it is as likely, the parent has to win.
-    keep_N = best_of_few(chance_C - TIE * depth_C, nodes)[1].sort().values
+    """Which `nodes` of C candidates in a tree make the likeliest paths, and these nodes' parents, depths and ancestors.
+
+    log_q_C are the logarithms of each one's chance after its parent.
+    """
+    own_CC = ancestors_MM[1:, 1:]
+    chance_C = torch.where(own_CC, log_q_C, 0.0).sum(-1)
+    # A child comes after its parent and is never likelier, rounded too (rows of one length are summed in one order): a
+    # stable order keeps parents first.
+    keep_N = chance_C.sort(descending=True, stable=True).indices[:nodes].sort().values
     keep_M = torch.cat((keep_N.new_zeros(1), keep_N + 1))
-    return (
-        guesses_KR[depth_C[keep_N], rank_C[keep_N]],
-        torch.searchsorted(keep_M, parents_M[keep_M]),
-        depth_M[keep_M],
-        ancestors_MM[keep_M[:, None], keep_M],
-    )
+    kept_parents_M = torch.searchsorted(keep_M, parents_M[keep_M])
+    return keep_N, kept_parents_M, depth_M[keep_M], ancestors_MM[keep_M[:, None], keep_M]
 
 
 BLOCKS = (1024, 512, 256, 128)
@@ -164,7 +173,7 @@ def best_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best_RC, places_RS.gather(1, which_RC)
 
 
-def likeliest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def likeliest_columns(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest of each row, likeliest first, and the logarithms of their chances, (R, count) each."""
     log_q_RV = torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
     rows_RC = best_of(logits_RV, count)[1]

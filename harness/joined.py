@@ -3,7 +3,7 @@
 Projections that read the same input are one product, and queries and keys are rotated together. The weights are the
 model's own: joined ones lie one after another in memory, and the model's own layers look at their parts (plain ones
 until `apart`). In float32 the values are transformers' to the last few bits; in half precision a rotation rounds once
-less, and compiled, what one token's product reads and adds to is not rounded before.
+less, and in one token's compiled product neither the norm nor what is added to rounds by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ compiler's own, and more tokens in blocks of it"""
 
 
 class Joined(nn.Module):
-    """Linear layers that read one input, (.., in) -> their outputs side by side, (.., out_1 + out_2 + ..).
+    """Linear layers that read one input or its norm, (.., in) -> their outputs side by side, (.., out_1 + out_2 + ..).
 
     One product where the weights can lie together: plain and LLM.int8 ones can, nf4 has a state for each.
     """
@@ -46,7 +46,7 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """The outputs, added to `plus`, (.., out), where it is given."""
-        if x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._bare:
+        if self._by_row(x):
             return self._row(x.view(-1), None if plus is None else plus.view(-1)).view(*x.shape[:-1], -1)
         out = self.product(self.normed(x))
         return out if plus is None else plus + out
@@ -68,8 +68,12 @@ class Joined(nn.Module):
         blocks = self._blocks(x, width)
         return cut(self(x), width) if blocks is None else blocks.transpose(0, 1)
 
+    def _by_row(self, x: Tensor) -> bool:
+        """Whether this is one token and one plain matrix, compiled for CUDA."""
+        return x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1] and self._bare
+
     def _row(self, x_D: Tensor, plus_O: Tensor | None) -> Tensor:
-        """One token's outputs, compiled for CUDA."""
+        """One token's outputs."""
         weight_OD: Tensor = self.products[0].weight  # type: ignore[assignment]
         if not self._small:
             norm: Any = self.norm

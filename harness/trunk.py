@@ -172,9 +172,11 @@ class Trunk:
         """From now on short forwards at fixed addresses run as this runtime would have it, over the same weights.
 
         Layers of Llama's form are joined where kernels are launched, and every plain RMS norm is one kernel of torch's
-        instead of eight; it rounds once where transformers' rounds twice, which bfloat16 shows in its last bit.
+        instead of eight, or part of a compiled product; it rounds once where transformers' rounds twice, which bfloat16
+        shows in its last bit.
         """
         if runtime.joins and self.config.model_type in FORMS:
+            assert self._norms == PRE_NORM
             self.fixed = [JoinedLayer(layer) for layer in self.layers]
         self._run_fixed = runtime.compiled(run_layer)
         self._normalise = fused_norm

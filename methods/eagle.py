@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness import drafter as checkpoint
 from harness.attention import CacheView, Slots, View, attend, bias, frequencies, rotary
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, best_of_few, chain, dynamic_tree, likeliest
+from harness.draft import Draft, Drawn, best_of_few, chain, dynamic_tree, likeliest_columns
 from harness.joined import Joined, cut, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
@@ -141,7 +141,7 @@ def run_step(layer: Layer, g_BMD: Tensor, e_BMD: Tensor, turns: Turns, view: Slo
 def best_children(logits_BV: Tensor, chance_B: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` likeliest rows of the head under each leaf, likeliest first, and the logarithms of their paths'
     chances, (B, count) each."""
-    rows_BR, log_q_BR = likeliest(logits_BV, count)
+    rows_BR, log_q_BR = likeliest_columns(logits_BV, count)
     return rows_BR, chance_B[:, None] + log_q_BR
 
 

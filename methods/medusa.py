@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import drafter as checkpoint
-from harness.draft import Draft, RankedTree, best_of, best_paths
+from harness.draft import Draft, RankedTree, best_paths
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
@@ -94,7 +94,7 @@ class Medusa(Method):
 
     @property
     def reach(self) -> int:
-        return 1 + self.guesses.rank_N.shape[0]
+        return 1 + len(self.guesses)
 
     @property
     def drafter_bytes(self) -> int:
@@ -107,8 +107,7 @@ class Medusa(Method):
         return self.target.call("draft", self._draft)
 
     def _draft(self) -> Draft:
-        logits_HV = self.heads(self.hidden_D, self.head)
-        return self.guesses.draft(self.head.tokens(best_of(logits_HV, self.guesses.ranks)[1]))
+        return self.guesses.draft(self.heads(self.hidden_D, self.head), self.head.tokens)
 
     def observe(self, draft: Draft, scores: Scores, verdict: Verdict) -> None:
         self.target.call("remember", self._remember, scores.hidden[self.target.depth], verdict.last)

@@ -22,13 +22,16 @@ from harness import drafter as checkpoint
 from harness.adapters import LoRA
 from harness.attention import ContextView, FreshView
 from harness.cache import KVCache
-from harness.draft import SORTED_AT_ONCE, Draft, Drawn, RankedTree, best_of, best_paths, chain, likeliest
+from harness.draft import Draft, Drawn, LikeliestTree, RankedTree, best_paths, chain
 from harness.errors import UserError
 from harness.lesson import Distilled, Lesson, distil
 from harness.method import Method, Natural, Options, Positive
 from harness.sampling import Sampler
 from harness.target import Target
 from harness.trunk import DraftHead, Layers, Trunk
+
+CANDIDATES = 128
+"of which a dynamic tree chooses at least; torch sorts so many by one kernel"
 
 
 class S3DOptions(Options, frozen=True, kw_only=True):
@@ -41,7 +44,7 @@ class S3DOptions(Options, frozen=True, kw_only=True):
     nodes: Natural = 0
     "size of a tree of each slot's best guesses, verified at once; 0 drafts the paper's chain"
     tree: Literal["static", "dynamic"] = "static"
-    "static: the guesses that were right most often in training; dynamic: those that are likeliest this round"
+    "static: the guesses that were right most often in training; dynamic: of at least 128 of those, the likeliest now"
     rank: Positive = 64
     "training: rank of the LoRA"
     drafter: str | None = None
@@ -62,16 +65,12 @@ class S3D(Method):
         layers: Layers,
         lora: LoRA | None,
         head: DraftHead,
-        guesses: RankedTree | None,
+        guesses: RankedTree | LikeliestTree | None,
         sampler: Sampler,
-        nodes: int = 0,
     ) -> None:
-        """`lora` is None where it is merged into the target; `guesses` is None for a chain.
-
-        With `nodes`, the guesses are candidates, of which each round's likeliest are drafted.
-        """
+        """`lora` is None where it is merged into the target; `guesses` is None for a chain."""
         self.target, self.masks_KD, self.layers, self.lora = target, masks_KD, layers, lora
-        self.head, self.guesses, self.sampler, self.nodes = head, guesses, sampler, nodes
+        self.head, self.guesses, self.sampler = head, guesses, sampler
 
     @classmethod
     def target_weights(cls, options: S3DOptions) -> str:
@@ -127,18 +126,17 @@ class S3D(Method):
             lora.to(target.device, target.trunk.dtype)
             if target.runtime.joins:
                 lora.join(target.trunk)
-        guesses, nodes = None, 0
+        guesses = None
         if options.nodes:
-            dynamic = options.tree == "dynamic"
             accuracy = [ranks[: head.rows] for ranks in checkpoint.rank_accuracy(config, k + 1)]
-            paths = best_paths(accuracy, max(SORTED_AT_ONCE, 2 * options.nodes) if dynamic else options.nodes)
-            guesses = RankedTree.of(paths, target.device)
-            nodes = min(options.nodes, len(paths)) if dynamic else 0
-        return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler, nodes)
+            guesses = tree_of(accuracy, options.nodes, options.tree == "dynamic", target.device)
+        elif options.tree == "dynamic":
+            raise ValueError("s3d drafts a chain without `nodes`: give tree=dynamic nodes=32, say, or drop it")
+        return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler)
 
     @property
     def reach(self) -> int:
-        scored = self.masks_KD.shape[0] + 1 if self.guesses is None else self.nodes or self.guesses.rank_N.shape[0]
+        scored = self.masks_KD.shape[0] + 1 if self.guesses is None else len(self.guesses)
         return 1 + max(scored, self.masks_KD.shape[0])
 
     @property
@@ -153,12 +151,8 @@ class S3D(Method):
         slots = torch.cat((self.target.trunk.embed(self.target.pending_1), self.masks_KD))
         hidden = self.target.peek(slots, layers=self.layers, adapters=self.lora)
         logits = self.head.logits(hidden)
-        if self.guesses is not None and self.nodes:
-            compiled = self.target.runtime.compiled
-            rows_KR, log_q_KR = compiled(likeliest)(logits, self.guesses.ranks)
-            return self.guesses.likeliest(self.head.tokens(rows_KR), log_q_KR, self.nodes, compiled)
         if self.guesses is not None:
-            return self.guesses.draft(self.head.tokens(best_of(logits, self.guesses.ranks)[1]))
+            return self.guesses.draft(logits, self.head.tokens, self.target.runtime.compiled)
         shape = chain(logits.shape[0], self.target.device)
         if self.sampler.greedy:
             return Draft(self.head.tokens(logits.argmax(-1)), shape)
@@ -169,6 +163,15 @@ class S3D(Method):
     @classmethod
     def trainee(cls, trunk: Trunk, options: S3DOptions, vocabulary_V: Tensor | None, seed_ids: Tensor) -> S3DTrainee:
         return S3DTrainee(trunk, options, vocabulary_V, seed_ids)
+
+
+def tree_of(
+    accuracy: Sequence[Sequence[float]], nodes: int, dynamic: bool, device: torch.device
+) -> RankedTree | LikeliestTree:
+    """The `nodes` best paths, where accuracy[i][r] is how often guess r for depth i is right, or a choice of more."""
+    candidates = best_paths(accuracy, max(CANDIDATES, 2 * nodes) if dynamic else nodes)
+    whole = RankedTree.of(candidates, device)
+    return LikeliestTree(whole, nodes) if nodes < len(whole) else whole
 
 
 class S3DTrainee(Distilled):

@@ -57,6 +57,7 @@ CASES = [
     Case("s3d", {"k": 1}, S3D, SUBSET),
     Case("s3d", {"nodes": 11}, S3D, SUBSET),
     Case("s3d", {"nodes": 11, "tree": "dynamic"}, S3D, SUBSET),
+    Case("s3d", {"nodes": 2, "tree": "dynamic"}, S3D),
     # Every layer drafts and no adapter is active: slot 0 is the target itself, so half the drafts are right.
     Case("s3d", {"k": 0}, {"k": 1, "rank": 4, "keep": "2+2"}, std=0.0),
     Case("medusa"),
@@ -150,6 +151,15 @@ def test_greedy_text_is_the_targets_own(case: Case, architecture: str, bench: Be
         assert [len(step.committed) for step in steps] == [1] * NEW_TOKENS
     if str(case) in RIGHT:
         assert all(step.accepted == step.drafted_depth for step in steps)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_draft_fits_the_cache_that_its_method_asked_for(case: Case, bench: Bench) -> None:
+    target, decoder = bench.load(case, "llama")
+    propose, drafts = decoder.propose, []
+    decoder.propose = lambda tokens: drafts.append(propose(tokens)) or drafts[-1]
+    decoded(target, decoder, PROMPT, Limits(NEW_TOKENS))
+    assert max(1 + max(len(draft), draft.shape.longest) for draft in drafts) <= decoder.reach
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
@@ -411,6 +421,12 @@ def test_typical_acceptance_says_that_it_is_lossy(bench: Bench) -> None:
     assert not typical.lossless
     with pytest.raises(ValueError, match="temperature"):
         load("medusa", target, path, sampler(), acceptance="typical")
+
+
+def test_a_choice_among_the_nodes_of_a_chain_is_refused(bench: Bench) -> None:
+    path = bench.drafter(Case("s3d", training=S3D), "llama")
+    with pytest.raises(ValueError, match="give tree=dynamic nodes=32"):
+        load("s3d", Target(bench.model("llama"), capacity=64), path, tree="dynamic")
 
 
 def test_a_drafter_for_a_deeper_target_is_refused(tmp_path: Path) -> None:

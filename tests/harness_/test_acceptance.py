@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny
 
-from harness.acceptance import SPEC_BENCH, Profile, constant_chance, expected_tau, read
+from harness.acceptance import SPEC_BENCH, Acceptance, Profile, constant_chance, expected_tau, read
 from harness.decode import Limits, decode
 from harness.draft import Draft, dynamic_tree, nothing, point_chain, tree
 from harness.drawn import DrawnVerdicts
@@ -50,6 +50,8 @@ def test_published_figures_are_each_methods_own_or_one_for_all() -> None:
     assert own.of("eagle:nodes=59", "eagle", {"nodes": 59}) == Profile(tau=SPEC_BENCH["eagle-2"])
     assert own.of("eagle", "eagle", {"nodes": 0}) is None, "no figure of a chain was published"
     assert own.of("s3d", "s3d", {}) is None
+    chain = Acceptance(said="from:run", by_label={"s3d": Profile(tau=2.0)})
+    assert chain.of("s3d:nodes=32", "s3d", {"nodes": 32, "tree": "dynamic"}) is None, "nor is a chain's a tree's"
     assert read("published:eagle-2").of("s3d", "s3d", {}) == Profile(tau=4.34)
 
 

@@ -8,7 +8,18 @@ from bench import steady
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.draft import RankedTree, best_of, best_paths, chain, dynamic_tree, likeliest, nothing, point_chain, tree
+from harness.draft import (
+    LikeliestTree,
+    RankedTree,
+    best_of,
+    best_paths,
+    chain,
+    dynamic_tree,
+    likeliest_columns,
+    nothing,
+    point_chain,
+    tree,
+)
 
 CPU = torch.device("cpu")
 
@@ -82,20 +93,25 @@ def test_the_best_of_a_wide_row_are_those_of_topk(width: int) -> None:
 
 def test_the_likeliest_guesses_are_those_of_trying_all() -> None:
     logits_KV = 3 * torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    rows_KR, log_q_KR = likeliest(logits_KV, 4)
+    rows_KR, log_q_KR = likeliest_columns(logits_KV, 4)
     assert torch.equal(log_q_KR, logits_KV.log_softmax(-1).gather(1, rows_KR))
     every = best_paths([[0.4, 0.3, 0.2, 0.1]] * 3, 4 + 16 + 64)
     chances = {path: sum(float(log_q_KR[i, rank]) for i, rank in enumerate(path)) for path in every}
-    for nodes in (1, 10, 60):
-        draft = RankedTree.of(every, CPU).likeliest(rows_KR, log_q_KR, nodes)
+    for nodes in (1, 2, 10, 60):
+        draft = LikeliestTree(RankedTree.of(every, CPU), nodes).draft(logits_KV, lambda rows: rows + 100)
         kept = sorted(sorted(every, key=lambda path: -chances[path])[:nodes], key=lambda path: (len(path), path))
         expected = RankedTree.of(kept, CPU)
-        assert torch.equal(draft.tokens_N, expected.draft(rows_KR).tokens_N)
+        assert draft.tokens_N.tolist() == [100 + int(rows_KR[len(path) - 1, path[-1]]) for path in kept]
         for name in ("parents_M", "depth_M", "ancestors_MM"):
             assert torch.equal(getattr(draft.shape, name), getattr(expected.shape, name))
+        assert expected.shape.longest <= draft.shape.longest <= nodes
 
 
-def test_a_parent_as_likely_as_its_child_is_the_one_that_is_kept() -> None:
-    certain = torch.zeros(4, 1)  # every depth has one guess, of chance 1
-    whole = RankedTree.of([(0,) * depth for depth in range(1, 5)], CPU)
-    assert whole.likeliest(torch.tensor([[5], [6], [7], [8]]), certain, 2).tokens_N.tolist() == [5, 6]
+@pytest.mark.parametrize("certain", [0.0, -torch.inf])
+def test_of_a_parent_and_a_child_as_likely_the_parent_is_kept(certain: float) -> None:
+    """More of them than torch sorts by insertion, and every chance the same."""
+    logits_KV = torch.tensor([[1000.0, certain]]).expand(300, 2).contiguous()
+    whole = RankedTree.of([(0,) * depth for depth in range(1, 301)], CPU)
+    draft = LikeliestTree(whole, 5).draft(logits_KV, lambda rows: rows)
+    assert draft.shape.parents_M.tolist() == [0, 0, 1, 2, 3, 4]
+    assert torch.equal(draft.shape.ancestors_MM, torch.ones(6, 6, dtype=torch.bool).tril())

@@ -8,11 +8,15 @@ import sys
 
 import pytest
 import torch
+from bench import Rehearsal, shake, text
+from tiny import VOCAB, tiny
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from harness import joined
+from harness.draft import nothing
 from harness.joined import Joined, row_product
+from harness.target import Target
 
 INTERPRETED = """
 import itertools, torch
@@ -21,11 +25,12 @@ from harness.row_kernel import launch
 
 torch.manual_seed(0)
 sizes = (64, 6), (1024, 5), (2048, 3), (2560, 8)
-for (width, outs), scaled, adds, dtype in itertools.product(sizes, (0, 1), (0, 1), (torch.float32, torch.float16)):
+tolerances = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+for (width, outs), scaled, adds, dtype in itertools.product(sizes, (0, 1), (0, 1), tolerances):
     x, weight, scale, plus = (torch.randn(*shape).to(dtype) for shape in ((width,), (outs, width), (width,), (outs,)))
     given = x, weight / width**0.5, scale if scaled else None, 1e-5, plus if adds else None
-    close = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(launch(*given), row_product(*given), rtol=close, atol=close)
+    close = dict(rtol=tolerances[dtype], atol=tolerances[dtype])
+    torch.testing.assert_close(launch(*given), row_product(*given), **close)
 """
 
 
@@ -42,6 +47,28 @@ def test_the_operation_is_one_that_compilers_understand(scaled: bool, adds: bool
     x, weight = torch.randn(8), torch.randn(6, 8)
     given = x, weight, torch.rand(8) if scaled else None, 1e-5, torch.randn(6) if adds else None
     torch.library.opcheck(row_product, given)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_give_a_token_alone_what_they_gave_it(small: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if compiled for CUDA: rows by themselves, but where a bias forbids it."""
+    monkeypatch.setattr(joined, "SMALL_BYTES", 2**20 if small else 0)
+    model, called = tiny("llama", attention_bias=bias), []
+    shake(model, std=0.05)
+    row = Joined._row
+    monkeypatch.setattr(Joined, "_row", lambda self, *given: called.append(self.names) or row(self, *given))
+    logits = []
+    for by_row in (False, True):
+        if by_row:
+            monkeypatch.setattr(Joined, "_by_row", lambda self, x: x.numel() == x.shape[-1] and self._bare)
+        target = Target(model, capacity=64, scratch=16, runtime=Rehearsal())
+        target.prefill(text(12, VOCAB))
+        target.begin(7)
+        logits.append(target.score(nothing(target.device)).logits_MV.clone())
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
+    assert len(called) >= target.depth * (2 if bias else 4)
+    assert bias is not any("self_attn.q_proj" in names for names in called)
 
 
 @pytest.mark.parametrize("small", [False, True])
