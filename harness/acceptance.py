@@ -89,7 +89,7 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _kind(method: str, options: Mapping[str, Any]) -> str:
-    """Published EAGLE figures are of trees, Spec-Bench's EAGLE-2 of dynamic ones, and no chain's; nor are S3D's trees."""
+    """Published EAGLE figures are of trees, Spec-Bench's EAGLE-2 of dynamic ones; no tree's are a chain's."""
     if method == "eagle":
         return "eagle-2" if options.get("nodes") else "eagle chain"
     if method == "s3d" and options.get("nodes"):
