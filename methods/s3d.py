@@ -50,6 +50,10 @@ class S3DOptions(Options, frozen=True, kw_only=True):
     drafter: str | None = None
     "checkpoint: file, directory or hub id"
 
+    def __post_init__(self) -> None:
+        if self.tree == "dynamic" and not self.nodes:
+            raise ValueError("tree=dynamic chooses the nodes of a tree: add nodes=32, say, or drop it")
+
 
 class S3D(Method):
     name = "s3d"
@@ -130,8 +134,6 @@ class S3D(Method):
         if options.nodes:
             accuracy = [ranks[: head.rows] for ranks in checkpoint.rank_accuracy(config, k + 1)]
             guesses = tree_of(accuracy, options.nodes, options.tree == "dynamic", target.device)
-        elif options.tree == "dynamic":
-            raise ValueError("s3d drafts a chain without `nodes`: give tree=dynamic nodes=32, say, or drop it")
         return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler)
 
     @property

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from harness import method
 from harness.decode import Limits
 from harness.draft import Draft
+from harness.errors import UserError
 from harness.runtime import Runtime
 from harness.sampling import Sampler
 from harness.target import Target
@@ -423,10 +424,9 @@ def test_typical_acceptance_says_that_it_is_lossy(bench: Bench) -> None:
         load("medusa", target, path, sampler(), acceptance="typical")
 
 
-def test_a_choice_among_the_nodes_of_a_chain_is_refused(bench: Bench) -> None:
-    path = bench.drafter(Case("s3d", training=S3D), "llama")
-    with pytest.raises(ValueError, match="give tree=dynamic nodes=32"):
-        load("s3d", Target(bench.model("llama"), capacity=64), path, tree="dynamic")
+def test_a_choice_among_the_nodes_of_a_chain_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'s3d': tree=dynamic .* add nodes=32"):
+        method.parse("s3d:tree=dynamic")
 
 
 def test_a_drafter_for_a_deeper_target_is_refused(tmp_path: Path) -> None:
