@@ -88,7 +88,8 @@ def tensors(path: Path) -> dict[str, Any]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def rank_accuracy(config: dict[str, Any], depths: int) -> list[list[float]]:
-    """How often the r-th guess for depth i is right, measured in training; a plausible fall-off where nobody did."""
+def rank_accuracy(config: dict[str, Any], depths: int, rows: int) -> list[list[float]]:
+    """How often the r-th guess of `rows` for depth i is right, measured in training; a plausible fall-off where nobody
+    did."""
     assumed = [[0.5 * 0.8**depth * 0.35**rank for rank in range(10)] for depth in range(depths)]
-    return list(config.get("rank_accuracy") or assumed)[:depths]
+    return [ranks[:rows] for ranks in (config.get("rank_accuracy") or assumed)[:depths]]

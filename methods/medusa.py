@@ -88,7 +88,8 @@ class Medusa(Method):
         heads = heads_from(tensors, options.heads, head).to(target.device, target.trunk.dtype)
         count = len(heads.blocks)
         chain = [(0,) * depth for depth in range(1, count + 1)]
-        paths = best_paths(checkpoint.rank_accuracy(config, count), options.nodes) if options.nodes else chain
+        accuracy = checkpoint.rank_accuracy(config, count, head.rows)
+        paths = best_paths(accuracy, options.nodes) if options.nodes else chain
         guesses = RankedTree.of(paths, target.device)
         return cls(target, heads, head, guesses, Typical() if options.acceptance == "typical" else None)
 

@@ -132,7 +132,7 @@ class S3D(Method):
                 lora.join(target.trunk)
         guesses = None
         if options.nodes:
-            accuracy = [ranks[: head.rows] for ranks in checkpoint.rank_accuracy(config, k + 1)]
+            accuracy = checkpoint.rank_accuracy(config, k + 1, head.rows)
             guesses = tree_of(accuracy, options.nodes, options.tree == "dynamic", target.device)
         return cls(target, masks_KD[:k], layers, lora, head, guesses, sampler)
 

@@ -309,6 +309,7 @@ SAMPLED = [
     Case("s3d", {"nodes": 6}, S3D, torch.tensor([0, 1, 3])),
     Case("s3d", {"nodes": 6, "tree": "dynamic"}, S3D, torch.tensor([0, 1, 3])),
     Case("medusa", {"nodes": 8}),
+    Case("medusa", {"nodes": 30}, vocabulary_V=torch.tensor([0, 1, 3])),
     Case("eagle", {"depth": 2}),
     Case("eagle", {"depth": 2}, vocabulary_V=torch.tensor([0, 2])),
     Case("eagle", {"nodes": 6, "depth": 2, "branch": 2}),
