@@ -144,12 +144,16 @@ def likeliest_subtree(
     """
     own_CC = ancestors_MM[1:, 1:]
     chance_C = torch.where(own_CC, log_q_C, 0.0).sum(-1)
-    # A child comes after its parent and is never likelier, rounded too (rows of one length are summed in one order): a
-    # stable order keeps parents first.
-    keep_N = chance_C.sort(descending=True, stable=True).indices[:nodes].sort().values
+    # Rounded too, a child is never likelier than its parent: rows of one length are summed in one order.
+    keep_N = likeliest_nodes(chance_C, nodes)
     keep_M = torch.cat((keep_N.new_zeros(1), keep_N + 1))
     kept_parents_M = torch.searchsorted(keep_M, parents_M[keep_M])
     return keep_N, kept_parents_M, depth_M[keep_M], ancestors_MM[keep_M[:, None], keep_M]
+
+
+def likeliest_nodes(chance_C: Tensor, nodes: int) -> Tensor:
+    """The `nodes` likeliest of a tree where children come after their parents and are never likelier: all connected."""
+    return chance_C.sort(descending=True, stable=True).indices[:nodes].sort().values
 
 
 BLOCKS = (1024, 512, 256, 128)

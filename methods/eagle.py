@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness import drafter as checkpoint
 from harness.attention import CacheView, Slots, View, attend, bias, frequencies, rotary
 from harness.cache import KVCache
-from harness.draft import Draft, Drawn, best_of_few, chain, dynamic_tree, likeliest_columns
+from harness.draft import Draft, Drawn, best_of_few, chain, dynamic_tree, likeliest_columns, likeliest_nodes
 from harness.joined import Joined, cut, turn_, turn_and_attend, turning
 from harness.lesson import Distilled, Lesson
 from harness.method import Method, Natural, Options, Positive
@@ -165,9 +165,7 @@ def rerank(ids_C: Tensor, chance_C: Tensor, leaf_R: Tensor, nodes: int, branch: 
 
     Child c grew on leaf c // branch, which is child leaf_R - 1, or the root where leaf_R is 0.
     """
-    # A child is never likelier than its parent and comes after it, so a stable order keeps parents first.
-    best_C = chance_C.sort(descending=True, stable=True).indices
-    keep_N = best_C[:nodes].sort().values
+    keep_N = likeliest_nodes(chance_C, nodes)
     return ids_C[keep_N], torch.searchsorted(keep_N, leaf_R[keep_N // branch])
 
 
