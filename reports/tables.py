@@ -262,10 +262,14 @@ def speedup(row: Row) -> str:
 
 
 def direction(interval: Interval) -> str:
-    """The word beside a speed-up."""
+    """The word beside a speed-up. What reads as 1.00 is neither faster nor slower, however sure that is."""
     if interval.low is None or interval.high is None:
-        return "faster (one round: no interval)" if interval.value > 1 else "slower (one round: no interval)"
-    return "faster" if interval.low > 1 else "slower" if interval.high < 1 else "no clear difference"
+        return f"{_side_of_one(interval.value, interval.value)} (one round: no interval)"
+    return _side_of_one(interval.low, interval.high)
+
+
+def _side_of_one(low: float, high: float) -> str:
+    return "faster" if round(low, 2) > 1 else "slower" if round(high, 2) < 1 else "no clear difference"
 
 
 def span(interval: Interval | None) -> str:

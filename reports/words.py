@@ -130,10 +130,11 @@ def _fastest(best: Row, rivals: Sequence[Row]) -> str:
     assert interval is not None
     if interval.value <= 1:
         return f"nothing is faster than plain decoding; {label} comes nearest at {_sure(interval)}"
-    if interval.low is not None and interval.low <= 1:
+    if direction(interval).startswith("no clear difference"):
         return f"nothing is clearly faster than plain decoding; {label} leads at {_sure(interval)}"
     level = [plain(row.cell.label) for row in rivals if row is not best and _overlap(row.speedup, interval)]
-    tie = f", level with {_listed(level)} whose interval overlaps" if level else ""
+    overlap = "intervals overlap" if len(level) > 1 else "interval overlaps"
+    tie = f", level with {_listed(level)} whose {overlap}" if level else ""
     return f"{label} is fastest at {_sure(interval, ' plain decoding')}{tie}"
 
 

@@ -361,6 +361,18 @@ def test_a_slowdown_is_as_plain_as_a_speedup() -> None:
     assert "slower" in Page(render([slow])).words
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(("seconds", "said"), [(0.0998, "is clearly faster"), (0.1002, "is faster")])
+def test_what_reads_as_one_is_neither_faster_nor_slower(rounds: int, seconds: float, said: str) -> None:
+    close = method_run(rounds=rounds, method_seconds=seconds)
+    assert f"nothing {said} than plain decoding; s3d" in answer(close)
+    speedups = [each["speed-up (95 %, these prompts, this machine)"] for each in table(summary(close))]
+    (told,) = (each for each in speedups if each != "1 by definition")
+    assert told.startswith(f"1.00{TIMES}")
+    assert "no clear difference" in told
+    assert "slower" not in told
+
+
 def test_a_lossy_or_diverged_method_never_wins_the_headline() -> None:
     fast = trial(cell("medusa"), [2, 2, 2], 0.01, lossless=False)
     diverged = trial(cell("eagle"), [2, 2, 2], 0.02, tokens=[9] * 7)
