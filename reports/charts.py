@@ -12,6 +12,7 @@ import pandas as pd
 from harness.metrics import Row
 from harness.results import Training
 from reports.draw import (
+    BESIDE,
     GRID,
     INK,
     MUTED,
@@ -21,8 +22,10 @@ from reports.draw import (
     SERIES,
     SHAPES,
     Layered,
+    Place,
     label_places,
     padded,
+    text_box,
     text_width,
 )
 from reports.parts import Parts
@@ -31,12 +34,15 @@ from reports.words import training_seconds
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 AS_RATIO = f"datum.label + '{TIMES}'"
-PANELS_PER_LINE = 5
+PANELS_PER_LINE, PANELS_PX, PANELS_APART = 5, 890, 22
 BAR_PX = 24
 WIDEST = 2.5
 "an interval that is wider leaves the chart: a few rounds can give any width"
 NEGLIGIBLE = 0.002
 "share of a bar that nobody could see"
+RAY_NAME: Place = ("right", -4, -6)
+"beside the end of its line"
+NO_RAYS = pd.DataFrame({"ray": [], "x": [], "y": [], "end": pd.Series([], dtype=bool), "name": []})
 RATIO_TICKS = [0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
 
 
@@ -54,9 +60,7 @@ def scatter(rows: Sequence[Row]) -> Layered | None:
     front = data[[row.cell.id in on_front for row in placed]].sort_values("x")
     lines = _equal_ratio_lines(x0, x1, y1, float((data.y / data.x).max()))
     steps = alt.Chart(front).mark_line(color=INK, strokeWidth=1, interpolate="step-after", opacity=0.55)
-    return _cloud(
-        data, x, y, _rays(lines, x, y), [steps.encode(x=x, y=y, detail="alike:N")], rows, (980, 430), (x0, x1), (y0, y1)
-    )
+    return _cloud(data, x, y, lines, [steps.encode(x=x, y=y, detail="alike:N")], rows, (980, 430), (x0, x1), (y0, y1))
 
 
 def tau(rows: Sequence[Row]) -> Layered | None:
@@ -87,7 +91,7 @@ def tau(rows: Sequence[Row]) -> Layered | None:
         .mark_rule(strokeWidth=1.4, opacity=0.6, clip=True)
         .encode(x=x, y=low, y2="high:Q", color=_color(rows)),
     ]
-    return _cloud(data, x, y, _rays(pd.DataFrame(ends), x, y), marks, rows, (980, 380), (x0, x1), (y0, y1))
+    return _cloud(data, x, y, pd.DataFrame(ends), marks, rows, (980, 380), (x0, x1), (y0, y1))
 
 
 def _reach(data: pd.DataFrame, value: str) -> tuple[float, float]:
@@ -119,25 +123,36 @@ def _cloud(
     data: pd.DataFrame,
     x: alt.X,
     y: alt.Y,
-    behind: Sequence[alt.Chart],
+    rays: pd.DataFrame,
     marks: Sequence[alt.Chart],
     rows: Sequence[Row],
     size: tuple[int, int],
     x_ends: tuple[float, float],
     y_ends: tuple[float, float],
 ) -> Layered:
-    """Points with their names beside them, over what `behind` and `marks` draw; a ring round a baseline."""
+    """Points with their names beside them, over `_rays` and what `marks` draw; a ring round a baseline.
+
+    A name that found no room beside its point has a thin line to it.
+    """
     (width, height), (x0, x1), (y0, y1) = size, x_ends, y_ends
     points = alt.Chart(data).mark_point(size=90, filled=True, opacity=1)
     rings = alt.Chart(data[data.baseline]).mark_point(size=260, shape="circle", color=INK, strokeWidth=1.2)
-    across, down = (data.x - x0) / (x1 - x0) * width, height - (data.y - y0) / (y1 - y0) * height
-    places = label_places(list(zip(across, down, strict=True)), data.label.tolist(), width, height)
+
+    def pixels(at: pd.DataFrame) -> list[tuple[float, float]]:
+        across, down = (at.x - x0) / (x1 - x0) * width, height - (at.y - y0) / (y1 - y0) * height
+        return list(zip(across, down, strict=True))
+
+    named = rays[rays.end]
+    taken = [text_box(*at, RAY_NAME, name) for at, name in zip(pixels(named), named.name, strict=True)]
+    places = label_places(pixels(data), data.label.tolist(), width, height, taken)
     aligned, right, below = zip(*places, strict=True)
     moved = data.assign(
         align=aligned,
         x=data.x + np.array(right) * (x1 - x0) / width,
         y=data.y - np.array(below) * (y1 - y0) / height,
     )
+    tied = data.assign(to_x=moved.x, to_y=moved.y + 4 * (y1 - y0) / height)[[place not in BESIDE for place in places]]
+    ties = alt.Chart(tied).mark_rule(color=MUTED, strokeWidth=0.8).encode(x=x, y=y, x2="to_x:Q", y2="to_y:Q")
     names = [
         alt.Chart(moved[moved["align"] == align])
         .mark_text(fontSize=12, align=align, **ink)
@@ -146,13 +161,15 @@ def _cloud(
         for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 3}, {"color": INK})
     ]
     shown = points.encode(x=x, y=y, color=_color(rows), shape=_shape(rows))
-    return alt.layer(*behind, *marks, rings.encode(x=x, y=y), shown, *names, width=width, height=height)
+    behind = [*(_rays(rays, x, y) if len(rays) else ()), *marks, *([ties] if len(tied) else ())]
+    return alt.layer(*behind, rings.encode(x=x, y=y), shown, *names, width=width, height=height)
 
 
 def _rays(lines: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """Dotted lines, each from its row without `end` to its row with it, where its name stands."""
     drawn = alt.Chart(lines).mark_line(color=MUTED, strokeDash=[2, 4], strokeWidth=1)
-    names = alt.Chart(lines[lines.end]).mark_text(color=MUTED, fontSize=10, align="right", dx=-4, dy=-6)
+    align, dx, dy = RAY_NAME
+    names = alt.Chart(lines[lines.end]).mark_text(color=MUTED, fontSize=10, align=align, dx=dx, dy=dy)
     return [drawn.encode(x=x, y=y, detail="ray:N"), names.encode(x=x, y=y, text="name:N")]
 
 
@@ -168,7 +185,7 @@ def _equal_ratio_lines(x0: float, x1: float, y1: float, top: float) -> pd.DataFr
             name = f"{ratio:g} tok/s per GiB"
             lines.append({"ray": ratio, "x": max(x0, 0), "y": ratio * max(x0, 0), "end": False, "name": name})
             lines.append({"ray": ratio, "x": right, "y": ratio * right, "end": True, "name": name})
-    return pd.DataFrame(lines, columns=["ray", "x", "y", "end", "name"]).astype({"end": bool})
+    return pd.DataFrame(lines) if lines else NO_RAYS
 
 
 def _nice_costs(costs: Sequence[float | None]) -> list[float]:
@@ -209,7 +226,7 @@ def acceptance(rows: Sequence[Row]) -> Layered | None:
     line = base.mark_line(strokeWidth=1.5).encode(x=x, y=accepted, color=color)
     points = base.mark_point(filled=True, size=42, opacity=1)
     layers = alt.layer(often, line, points.encode(x=x, y=accepted, color=color, shape=_shape(rows)))
-    return _panels(layers.properties(width=160, height=120), data)
+    return _panels(layers, data, 160, 120)
 
 
 def categories(rows: Sequence[Row]) -> Layered | None:
@@ -247,7 +264,7 @@ def categories(rows: Sequence[Row]) -> Layered | None:
         whole.encode(x=low, x2="high:Q", y=y, yOffset=lane, color=color),
         points.encode(x=middle, y=y, yOffset=lane, color=color, shape=_shape(rows)),
     )
-    return _panels(layers.properties(width=150, height=len(order) * (9 * lanes + 6)), data)
+    return _panels(layers, data, 150, len(order) * (9 * lanes + 6))
 
 
 def _ratio_axis(name: str, values: pd.DataFrame) -> alt.X:
@@ -255,15 +272,19 @@ def _ratio_axis(name: str, values: pd.DataFrame) -> alt.X:
     least, most = _reach(values, "speedup")
     low, high = min(least, 0.9) * 0.95, max(most, 1.1) * 1.05
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    axis = alt.Axis(values=RATIO_TICKS, format="~g", labelExpr=AS_RATIO, gridColor=GRID)
+    labels = {"format": "~g", "labelExpr": AS_RATIO, "labelOverlap": "greedy", "labelSeparation": 6}
+    axis = alt.Axis.from_dict({"values": RATIO_TICKS, "gridColor": GRID, **labels})
     return alt.X(f"{name}:Q", title=None, scale=scale, axis=axis)
 
 
-def _panels(layers: Layered, data: pd.DataFrame) -> Layered:
-    """A small chart a method, in the plan's order."""
+def _panels(layers: Layered, data: pd.DataFrame, width: int, height: int) -> Layered:
+    """A small chart a method, in the plan's order, as wide as its name at least."""
     order = list(dict.fromkeys(data.method))
+    wide = max(width, *(math.ceil(text_width(method)) for method in order))
+    columns = min(PANELS_PER_LINE, (PANELS_PX + PANELS_APART) // (wide + PANELS_APART)) or 1
     by_method = alt.Facet("method:N", sort=order, title=None)
-    panels: Layered = layers.facet(facet=by_method, columns=PANELS_PER_LINE, spacing=22).resolve_axis(x="independent")
+    sized = layers.properties(width=wide, height=height)
+    panels: Layered = sized.facet(facet=by_method, columns=columns, spacing=PANELS_APART).resolve_axis(x="independent")
     return panels
 
 
@@ -330,7 +351,7 @@ def training(training: Sequence[Training], rows: Sequence[Row]) -> Layered | Non
     ticks = alt.Axis(tickCount=5, labelExpr=AS_RATIO)
     y = alt.Y("y:Q", title="speed-up in this run", axis=ticks, scale=_exactly(y0, y1))
     even = alt.Chart(pd.DataFrame([{"y": 1.0}])).mark_rule(color=INK, strokeWidth=1.2).encode(y=y)
-    return _cloud(data, x, y, [], [even], rows, (760, 260), (x0, x1), (y0, y1))
+    return _cloud(data, x, y, NO_RAYS, [even], rows, (760, 260), (x0, x1), (y0, y1))
 
 
 # --- what tells targets apart -----------------------------------------------------------------------------------------

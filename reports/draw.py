@@ -105,16 +105,19 @@ BESIDE: list[Place] = [("left", 9, 4), ("right", -9, 4), ("center", 0, -11), ("c
 FURTHER: list[Place] = [(align, dx, dy + by) for by in (-12, 12, -24, 24, -36, 36) for align, dx, dy in BESIDE[:2]]
 
 
-def label_places(points: list[tuple[float, float]], labels: list[str], width: float, height: float) -> list[Place]:
-    """Where each point's name goes so that names cover neither points nor each other, as far as a greedy search can."""
+def label_places(
+    points: list[tuple[float, float]], labels: list[str], width: float, height: float, taken: Sequence[Box] = ()
+) -> list[Place]:
+    """Where each point's name goes so that names cover neither points nor each other nor what is `taken`, as far as a
+    greedy search can."""
     near = [(x - 18, y - 8, x + 18, y + 8) for x, y in points]
-    taken: list[Box] = []
+    taken = [*taken]
     chosen = []
     for own, ((x, y), label) in enumerate(zip(points, labels, strict=True)):
         others = [*taken, *near[:own], *near[own + 1 :]]
         costs = []
         for place in (*BESIDE, *FURTHER):
-            box = _text_box(x, y, place, label)
+            box = text_box(x, y, place, label)
             costs.append((sum(_overlap(box, other) for other in others) + _outside(box, width, height), box, place))
         _, box, place = min(costs, key=lambda cost: cost[0])
         taken.append(box)
@@ -127,7 +130,7 @@ def text_width(label: str) -> float:
     return LETTER_PX * len(label)
 
 
-def _text_box(x: float, y: float, place: Place, label: str) -> Box:
+def text_box(x: float, y: float, place: Place, label: str) -> Box:
     align, dx, dy = place
     wide = text_width(label)
     left = x + dx - {"left": 0.0, "center": 0.5, "right": 1.0}[align] * wide

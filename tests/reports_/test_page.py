@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -502,6 +503,21 @@ def test_an_interval_that_says_nothing_does_not_flatten_the_charts() -> None:
     assert max(top for _, top in domains) < 5
     strips = [attrs for tag, attrs in Page(render([of])).tags if tag == "rect" and attrs.get("class") == "bar"]
     assert [(attrs["x"], attrs["width"]) for attrs in strips] == [("0.0%", "100.0%")]
+
+
+def test_names_of_crowded_points_cover_nothing_and_are_tied_to_them() -> None:
+    points, names = [(300.0 + 12 * n, 200.0) for n in range(4)], [f"s3d:nodes={n}:tree=dynamic" for n in range(4)]
+    ray = draw.text_box(420.0, 204.0, charts.RAY_NAME, "a pass costs 1.5")
+    places = draw.label_places(points, names, 980, 380, [ray])
+    boxes = [ray, *(draw.text_box(*at, *rest) for at, *rest in zip(points, places, names, strict=True))]
+    assert not any(draw._overlap(one, two) for one, two in itertools.combinations(boxes, 2))
+
+    labels = ["s3d", *(f"s3d:nodes={nodes}:tree=dynamic" for nodes in (32, 48, 64))]
+    for crowd in (labels[:1], labels):
+        of = run(trial(cell()), *(trial(cell("s3d", label=label), [2, 2], 0.08) for label in crowd))
+        chart = charts.tau(summary(of))
+        assert chart is not None
+        assert any("x2" in layer["encoding"] for layer in draw.spec(chart)["layer"]) is (len(crowd) > 1)
 
 
 def test_parts_keep_their_order_and_lose_what_nobody_sees() -> None:
