@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import chain, zip_longest
 from typing import Any
 
 from harness.errors import UserError
+
+TODAY = datetime(2024, 7, 26)
+"""for chat templates that print today's date, so that a prompt is the same tomorrow; the day that Llama 3.1's template
+prints where it is told none"""
+ASKS_THE_DATE = "strftime_now"
 
 
 def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, system: str | None, raw: bool) -> list[int]:
@@ -27,12 +33,27 @@ def encode(tokenizer: Any, turns: Sequence[str], answers: Sequence[str], *, syst
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = filled(tokenizer, messages, add_generation_prompt=True)
     except TemplateError as error:
         advice = "add --raw" if system is None else "leave --system out, or add --raw"
         reason = " ".join(str(error).split())
         raise UserError(f"this model's chat template refuses the conversation ({reason}): {advice}") from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def filled(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
+    """The text of a conversation in the tokenizer's chat template, where it is always TODAY."""
+    template: str = tokenizer.get_chat_template()
+    if ASKS_THE_DATE in template:
+        # transformers lets nobody pass a function, but a macro of this name comes before its own.
+        days = {letter: TODAY.strftime(f"%{letter}") for letter in "aAbBdmyYHIMSpj"}
+        told = "".join(
+            f".replace('%{letter}', '{day}').replace('%-{letter}', '{day.lstrip('0') or '0'}')"
+            for letter, day in days.items()
+        )
+        template = f"{{%- macro {ASKS_THE_DATE}(form) -%}}{{{{ form{told} }}}}{{%- endmacro -%}}{template}"
+    text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    return text
 
 
 def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) -> list[int]:

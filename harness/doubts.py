@@ -31,7 +31,7 @@ def doubts(run: Run, rows: Sequence[Row]) -> list[str]:
     """In the order in which they matter; `rows` are the run's summary."""
     good = [trial for trial in run.rows if trial.outcome == "ok"]
     baselines = [row for row in rows if row.is_baseline]
-    found = (drift(rows), uneven(baselines), control(rows), unaccounted(rows), unattributed(rows))
+    found = (devices(good), drift(rows), uneven(baselines), control(rows), unaccounted(rows), unattributed(rows))
     starts = good if run.manifest.isolation == "round" else _first_rounds(good)
     return [line for each in (*found, first_trials(starts), warm_up(good), repeats(baselines)) for line in each]
 
@@ -42,6 +42,17 @@ def _first_rounds(good: Sequence[Trial]) -> list[Trial]:
     for trial in good:
         first[trial.cell.id] = min(first.get(trial.cell.id, trial.round), trial.round)
     return [trial for trial in good if trial.round == first[trial.cell.id]]
+
+
+def devices(good: Sequence[Trial]) -> Iterator[str]:
+    """Trials of more than one device, as where a run went on with another one."""
+    seen = dict.fromkeys((trial.device_name, trial.device_uuid) for trial in good)
+    if len(seen) > 1:
+        names = ", ".join(f"{name} {uuid}" if uuid else f"{name}" for name, uuid in seen)
+        yield (
+            f"The trials were measured on {len(seen)} devices ({names}), whose speeds must not be compared: measure "
+            "again on one."
+        )
 
 
 def drift(rows: Sequence[Row]) -> Iterator[str]:

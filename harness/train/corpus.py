@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from harness import meters
+from harness import dialogue, meters
 from harness.attention import CacheView
 from harness.errors import UserError
 from harness.paths import cache_dir, save_tensors
@@ -70,7 +70,7 @@ class Template:
         turns = [("user", "\x01"), ("assistant", "\x02"), ("user", "\x03")]
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = dialogue.filled(tokenizer, messages)
         except TemplateError as error:
             raise UserError(
                 f"this model's chat template refuses a plain dialogue ({error}): name another model"

@@ -36,6 +36,15 @@ def test_a_quiet_run_raises_none() -> None:
     assert raised(*quiet(warm_up_passes=2, warm_up_settled=True)) == []
 
 
+def test_trials_of_two_devices() -> None:
+    half = [
+        msgspec.structs.replace(each, device_name="NVIDIA H200", device_uuid=f"GPU-{each.round // 2}")
+        for each in quiet()
+    ]
+    (line,) = raised(*half)
+    assert "measured on 2 devices (NVIDIA H200 GPU-0, NVIDIA H200 GPU-1)" in line
+
+
 @pytest.mark.parametrize(("speeds", "word"), [((1.0, 0.97, 0.94, 0.91), "slower"), ((1.0, 1.03, 1.06, 1.1), "faster")])
 def test_drift(speeds: Sequence[float], word: str) -> None:
     assert f"{word} from the first round to the last" in raised(*quiet(speeds))[0]
