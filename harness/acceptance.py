@@ -8,6 +8,7 @@ gives less). Values only: the verdicts themselves are drawn in `harness.drawn`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _number(part: str, text: str, *, least: float, most: float) -> float:
         value = float(part)
     except ValueError:
         value = float("nan")
-    if not least <= value <= most:
+    if not least <= value <= most or math.isinf(value):
         raise UserError(
             f"acceptance {text!r}: {part.strip()!r} is no chance; give 0.7,0.6,0.5 (by depth), tau:2.5 (tokens a "
             "round, from 1), published:NAME or from:RUN"

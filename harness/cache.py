@@ -112,6 +112,10 @@ class KVCache:
             moved = store.index_select(-2, slots_K.to(store.device))
             store.index_copy_(-2, goals_K.to(store.device), moved)
 
+    def following(self, size: int) -> list[Tensor]:
+        """The `size` slots from 1 beyond the length on, where `gather` moves others, of every device."""
+        return [store.narrow(-2, self.length + 1, size) for store in self._stores]
+
     def commit(self, slots: int) -> None:
         self._move(self.length + slots)
 

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Shape:
     "whether this very object comes again: a static tree's shape"
 
 
-@lru_cache(maxsize=256)
+@cache
 def tree(parents: tuple[int, ...], device: torch.device) -> Shape:
     """The static tree whose node j = 1..N hangs under scored position `parents[j - 1]`. Cached.
 

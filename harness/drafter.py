@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def tensors(path: Path) -> dict[str, Any]:
     if not files:
         raise UserError(f"{path} holds no .safetensors file; pickled weights are never loaded: convert them first")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def refuse_misfit(wanted: Mapping[str, Any], given: Mapping[str, Any], method: str) -> None:
+    """Raises ValueError where a checkpoint lacks a tensor, has one too many, or has one of another shape."""
+    odd = wanted.keys() ^ given.keys()
+    odd |= {name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape}
+    if odd:
+        raise ValueError(
+            f"this {method} drafter does not fit the target (look at its {min(odd)}): name one that was trained for it"
+        )
 
 
 def rank_accuracy(config: dict[str, Any], depths: int, rows: int) -> list[list[float]]:

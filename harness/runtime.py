@@ -9,7 +9,7 @@ lies at a fixed address already: outputs of earlier captures, weights, the key-v
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -21,8 +21,14 @@ from harness.cache import Compiled, KVCache, as_it_is
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 NAMES = ("eager", "graph", "compile")
+Changed = Callable[[], Sequence[Tensor]]
+"tensors that a function changes and reads, by which it would not do the same twice"
 WARM_UPS = 2
 "runs before a capture: libraries choose their algorithms and allocate workspaces, compiled code is made"
+
+
+def unchanged() -> tuple[Tensor, ...]:
+    return ()
 
 
 class CaptureError(RuntimeError):
@@ -47,8 +53,11 @@ class Runtime:
         """A module's function of tensors, modules and constants, compiled where this runtime compiles."""
         return function
 
-    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
-        """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide."""
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor, changed: Changed = unchanged) -> R:
+        """`function(*inputs)`. It may read the host only for what `name` and the inputs' shapes decide.
+
+        To be captured it is run several times: it does the same each time, but for what is `changed`.
+        """
         return function(*inputs)
 
     @property
@@ -116,7 +125,7 @@ class CapturingRuntime(FixedRuntime):
     def captures(self) -> int:
         return len(self._captured)
 
-    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor, changed: Changed = unchanged) -> R:
         if self._capturing:
             return function(*inputs)  # part of a larger capture
         places = tuple(id(tensor) if self.keeps(tensor) else (tensor.shape, tensor.dtype) for tensor in inputs)
@@ -124,6 +133,7 @@ class CapturingRuntime(FixedRuntime):
         if key not in self._captured:
             self._capturing = True
             fixed = [tensor if self.keeps(tensor) else tensor.clone() for tensor in inputs]
+            before = [(tensor, tensor.clone()) for tensor in changed()]
             try:
                 self._captured[key], outputs = self.capture(function, fixed)
             except Exception as error:
@@ -131,6 +141,8 @@ class CapturingRuntime(FixedRuntime):
             finally:
                 self._capturing = False
             self._kept |= {id(tensor) for tensor in tensors_of(outputs)}
+            for tensor, was in before:
+                tensor.copy_(was)
         return self._captured[key].replay(inputs)  # type: ignore[no-any-return]
 
 

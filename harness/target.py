@@ -22,8 +22,8 @@ from harness.adapters import LoRA
 from harness.attention import INTERFACE, CacheView, FixedView, View, view_of
 from harness.cache import KVCache
 from harness.draft import Draft, Shape
-from harness.runtime import Runtime
-from harness.trunk import Layers, Trunk, horizon
+from harness.runtime import Changed, Runtime, unchanged
+from harness.trunk import Layers, Trunk, horizon, reads_positions
 from harness.verify import Accepted, Verdict
 
 R = TypeVar("R")
@@ -49,11 +49,16 @@ class Target:
     def __init__(self, model: Any, *, capacity: int, scratch: int = 0, runtime: Runtime | None = None) -> None:
         """Rounds reach `scratch` slots beyond the committed length.
 
-        Raises ValueError for a model that cannot be walked, or not this far.
+        Raises ValueError for a model that cannot be walked or captured, or not this far.
         """
         self.runtime = runtime or Runtime()
         self.capacity, self.scratch = capacity, scratch
         self.trunk = Trunk(model)
+        if self.runtime.joins and reads_positions(model.config):
+            raise ValueError(
+                f"--runtime {self.runtime.name} cannot capture this model, whose rotation (dynamic) looks at positions "
+                "on the host: use --runtime eager"
+            )
         if self.runtime.name != "eager":
             self.trunk.fix(self.runtime)
         longest = horizon(model.config)
@@ -81,7 +86,16 @@ class Target:
         return self.cache.length
 
     def tap(self, taps: Iterable[int]) -> None:
-        """Hidden states that every pass shall give from now on (negative: from the end; L is the normed output)."""
+        """Hidden states that every pass shall give from now on (negative: from the end; L is the normed output).
+
+        Raises ValueError for layers that the model does not have.
+        """
+        taps = tuple(taps)
+        if beyond := [tap for tap in taps if tap > self.depth]:
+            raise ValueError(
+                f"this drafter reads hidden states after layer {max(beyond)}, and the target has {self.depth} layers: "
+                "name one that was trained for it"
+            )
         self.taps = frozenset(tap % (self.depth + 1) for tap in taps)
 
     def adopt(self, cache: KVCache) -> KVCache:
@@ -89,9 +103,9 @@ class Target:
         self.runtime.adopt(cache, self.scratch)
         return cache
 
-    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor) -> R:
+    def call(self, name: Hashable, function: Callable[..., R], *inputs: Tensor, changed: Changed = unchanged) -> R:
         """Device work of fixed shapes, as the runtime does it: see `harness.runtime`."""
-        return self.runtime.call(name, function, *inputs)
+        return self.runtime.call(name, function, *inputs, changed=changed)
 
     def about(self, shape: Shape, name: str, function: Callable[..., R], *inputs: Tensor) -> R:
         """`call` for work on drafts of one shape, where that shape comes again; otherwise simply done."""
@@ -106,12 +120,17 @@ class Target:
     def companion(self, path: Path) -> Target:
         """Another model, from a directory, as a draft model beside this one: same device, dtype and vocabulary.
 
-        Raises ValueError where the vocabularies differ.
+        Raises ValueError where the vocabularies differ, and where weights are missing.
         """
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.trunk.dtype, use_safetensors=True)
-        other = self.beside(model.to(self.device).eval())  # type: ignore[arg-type]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=self.trunk.dtype, use_safetensors=True, output_loading_info=True
+        )
+        model, said = loaded
+        if said["missing_keys"]:
+            raise ValueError(f"{path} lacks weights ({min(said['missing_keys'])}, say): name a complete draft model")
+        other = self.beside(model.to(self.device).eval())
         if other.trunk.vocabulary != self.trunk.vocabulary:
             sizes = f"{other.trunk.vocabulary} against {self.trunk.vocabulary}"
             raise ValueError(
@@ -160,7 +179,8 @@ class Target:
     def keep(self, verdict: Verdict, draft: Draft) -> None:
         """Move the accepted path to where it belongs; the cache's length follows in `commit`."""
         if not draft.shape.chain:
-            self.call("keep", self.cache.gather, verdict.path_K)
+            overwritten = partial(self.cache.following, verdict.path_K.shape[0])
+            self.call("keep", self.cache.gather, verdict.path_K, changed=overwritten)
 
     def commit(self, accepted: Accepted) -> None:
         """Commit the pending token and the accepted path. A rejected branch leaves no trace."""

@@ -215,17 +215,27 @@ def horizon(config: Any) -> int | None:
     Beyond them, long-context rotations (`longrope`, `dynamic`) depend on the longest position of the pass, so a draft
     would change what was already said.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    each = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    each = _rotations(config)
     if not any(part.get("rope_type", "default") in ("longrope", "dynamic") for part in each):
         return None
     told: list[int | None] = [part.get("original_max_position_embeddings") for part in (*each, vars(config))]
     return min((original for original in told if original), default=int(config.max_position_embeddings))
 
 
+def reads_positions(config: Any) -> bool:
+    """Whether the rotation looks at its positions on the host, which no capture can hold."""
+    return any(part.get("rope_type") == "dynamic" for part in _rotations(config))
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """Of all layers, or of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
 def _windows(config: Any, depth: int) -> dict[int, int] | None:
-    """Sliding window of each layer that has one."""
-    window = getattr(config, "sliding_window", None)
+    """Sliding window of each layer that has one. transformers' Llama has none, whatever its configuration says."""
+    window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
@@ -314,8 +324,11 @@ class DraftHead:
 def cut_model(trunk: Trunk, layers: int, intermediate: int) -> Any:
     """A model of the same architecture with few layers and narrower MLPs, sharing the embedding, rotation and head.
 
-    Its layers are random (std 0.02, output projections smaller); its norm is a copy of the original's.
+    Its layers are random (std 0.02, output projections smaller); its norm is a copy of the original's. Raises
+    ValueError for more layers than the original has.
     """
+    if layers > trunk.depth:
+        raise ValueError(f"a draft model of {layers} layers is deeper than its target of {trunk.depth}: give fewer")
     config = copy.deepcopy(trunk.config)
     config.num_hidden_layers, config.intermediate_size = layers, intermediate
     if getattr(config, "layer_types", None):

@@ -54,15 +54,19 @@ class DraftModel(Method):
         assert drafter is not None
         config, _ = checkpoint.metadata(drafter)
         if "layers" not in config:
+            if not drafter.is_dir():
+                raise ValueError(f"{drafter} is no draft-model checkpoint: name another, or a model's directory")
             draft = target.companion(drafter)
             weights = sum(p.nbytes for p in draft.trunk.model.parameters())
             return cls(target, draft, DraftHead(draft.trunk, None), weights, options.gamma, sampler)
         tensors = checkpoint.tensors(drafter)
         head = DraftHead(target.trunk, tensors.pop("vocabulary", None))
         model = cut_model(target.trunk, config["layers"], config["intermediate"])
+        own = {name: t for name, t in model.model.state_dict().items() if name.startswith(("layers.", "norm."))}
+        checkpoint.refuse_misfit(own, tensors, cls.name)
         model.model.load_state_dict(tensors, strict=False)
-        for own in (model.model.layers, model.model.norm):  # the rest is the target's, which nothing may change
-            own.to(target.device, target.trunk.dtype)
+        for part in (model.model.layers, model.model.norm):  # the rest is the target's, which nothing may change
+            part.to(target.device, target.trunk.dtype)
         draft = target.beside(model)
         weights = sum(p.nbytes for name, p in model.model.named_parameters() if name in tensors)
         return cls(target, draft, head, weights + head.bytes, options.gamma, sampler)

@@ -362,6 +362,11 @@ def load_layer(path: Path, trunk: Trunk) -> tuple[Layer, DraftHead, tuple[int, .
     config["attention_bias"] = "layers.0.self_attn.q_proj.bias" in tensors
     if "layers.0.self_attn.q_proj.weight" in tensors:
         config["head_dim"] = tensors["layers.0.self_attn.q_proj.weight"].shape[0] // config["num_attention_heads"]
+    if config["hidden_size"] != trunk.width:
+        raise ValueError(
+            f"this eagle drafter has {config['hidden_size']} features and the target {trunk.width}: name one that was "
+            "trained for it"
+        )
     layer = Layer(config, generation)
     wanted = layer.state_dict()
     state = {_short(name): tensor for name, tensor in tensors.items() if _short(name) in wanted}
@@ -390,7 +395,7 @@ def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...
     aux = "eagle_aux_hidden_state_layer_ids"
     named = stored.get("taps") or stored.get(aux) or (stored.get("eagle_config") or {}).get(aux)
     if named is None:
-        return (2, depth // 2, depth - 3)
+        return tuple(tap % (depth + 1) for tap in (2, depth // 2, depth - 3))
     # speculators name either the inputs of layers or the layers themselves; a first id of 1 means the latter.
     if len(named) != 3:
         raise ValueError(

@@ -111,6 +111,8 @@ class S3D(Method):
     def load(cls, target: Target, options: S3DOptions, drafter: Path | None, sampler: Sampler) -> S3D:
         assert drafter is not None
         config, _ = checkpoint.metadata(drafter)
+        if "mode" not in config:
+            raise ValueError(f"{drafter} is no S3D checkpoint: name another drafter")
         if config["mode"] != options.mode:
             raise ValueError(f"{drafter} was trained for mode={config['mode']}: say so, or name another drafter")
         tensors = checkpoint.tensors(drafter)
@@ -118,6 +120,11 @@ class S3D(Method):
         if options.keep not in (None, (front, back)):
             raise ValueError(f"this s3d drafter was trained to draft with layers {front}+{back}: drop `keep`")
         masks_KD = tensors.pop("masks").to(target.device, target.trunk.dtype)
+        if masks_KD.shape[1] != target.trunk.width:
+            raise ValueError(
+                f"this s3d drafter's masks have {masks_KD.shape[1]} features and the target {target.trunk.width}: name "
+                "one that was trained for it"
+            )
         k = masks_KD.shape[0] if options.k is None else options.k
         if k > masks_KD.shape[0]:
             raise ValueError(f"this s3d drafter has {masks_KD.shape[0]} mask tokens: k={k} is out of range")
@@ -126,6 +133,7 @@ class S3D(Method):
         lora = None
         if options.mode == "gated":
             lora = LoRA(target.trunk, layers.indices, config["rank"])
+            checkpoint.refuse_misfit(lora.state_dict(), tensors, cls.name)
             lora.load_state_dict(tensors)
             lora.to(target.device, target.trunk.dtype)
             if target.runtime.joins:

@@ -343,6 +343,49 @@ def test_medusa_heads_of_another_target_are_refused(
         load("medusa", Target(tiny("llama"), capacity=CAPACITY), path, **({} if heads is None else {"heads": heads}))
 
 
+OTHERS = {"width": {"hidden_size": 128}, "heads": {"num_key_value_heads": 4}, "depth": {"num_hidden_layers": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "said"),
+    [
+        ("s3d", "width", "masks have 64 features and the target 128"),
+        ("s3d", "heads", r"does not fit the target \(look at its pairs.0/self_attn/k_proj.b\)"),
+        ("s3d", "depth", r"does not fit the target \(look at its pairs.1"),
+        ("eagle", "width", "has 64 features and the target 128"),
+        ("draft-model", "width", r"does not fit the target \(look at its layers.0"),
+        ("draft-model", "heads", r"does not fit the target \(look at its layers.0.self_attn.k_proj"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(name: str, other: str, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "drafter.safetensors", trainee(name, tiny("llama")))
+    with pytest.raises(ValueError, match=said):
+        load(name, Target(tiny("llama", **OTHERS[other]), capacity=CAPACITY), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("s3d", "is no S3D checkpoint"), ("eagle", "is no EAGLE checkpoint"), ("draft-model", "no draft-model check")],
+)
+def test_a_drafter_of_another_method_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "medusa.safetensors", trainee("medusa", tiny("llama")))
+    with pytest.raises(ValueError, match=said):
+        load(name, Target(tiny("llama"), capacity=CAPACITY), path)
+
+
+def test_a_torn_draft_model_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.safetensors", trainee("draft-model", tiny("llama")))
+    kept = {name: t for name, t in drafter.tensors(whole).items() if not name.startswith("layers.1.")}
+    drafter.write(tmp_path / "torn.safetensors", kept, *drafter.metadata(whole))
+    with pytest.raises(ValueError, match=r"look at its layers.1"):
+        load("draft-model", Target(tiny("llama"), capacity=CAPACITY), tmp_path / "torn.safetensors")
+
+
+def test_a_draft_model_is_no_deeper_than_its_target() -> None:
+    with pytest.raises(ValueError, match="6 layers is deeper than its target of 4"):
+        trainee("draft-model", tiny("qwen3"), layers=6)
+
+
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "medusa_lm_head.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ValueError, match="never loaded"):

@@ -73,7 +73,7 @@ def test_a_synthetic_run_is_no_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0.7,,0.5", "1.5", "-0.1", "nan", "tau:0.5", "tau:x", "published:s3d", "from:/no"]
+    "text", ["", "0.7,,0.5", "1.5", "-0.1", "nan", "tau:0.5", "tau:x", "tau:inf", "published:s3d", "from:/no"]
 )
 def test_a_mistake_is_one_line(text: str) -> None:
     with pytest.raises(UserError) as error:

@@ -14,8 +14,10 @@ from tiny import VOCAB, tiny
 
 from harness.cache import KVCache, bucket
 from harness.decode import Limits
+from harness.draft import Draft, tree
 from harness.runtime import CaptureError, FixedRuntime, Runtime, make, unsupported
 from harness.target import Target
+from harness.verify import Verdict
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,27 @@ def test_a_call_is_captured_once_a_name_shape_and_span() -> None:
     cache.commit(300)  # another span
     runtime.call("double", double, torch.tensor([1.0, 2.0]))
     assert runtime.captures == 4
+
+
+def test_what_a_call_changes_is_put_back_before_it_counts() -> None:
+    runtime, sum_1 = Rehearsal(), torch.zeros(1)
+    for step in (1.0, 2.0):
+        runtime.call("add", lambda x: sum_1.add_(x), torch.tensor([step]), changed=lambda: [sum_1])
+    assert sum_1.tolist() == [3.0]
+
+
+def test_the_path_that_is_moved_first_arrives_whole() -> None:
+    """In a round in which the move is captured, and so done several times."""
+    moved = []
+    for runtime in (Runtime(), Rehearsal()):
+        target = Target(tiny("llama"), capacity=64, scratch=16, runtime=runtime)
+        target.prefill(text(10, VOCAB))
+        target.begin(7)
+        draft = Draft(torch.tensor(text(5, VOCAB, seed=1)), tree((0, 0, 2, 3, 0), CPU))
+        target.score(draft)
+        target.keep(Verdict.of(torch.tensor([3, 9, 3, 2, 3, 4, 0, 0, 0]), torch.tensor(4)), draft)
+        moved.append(target.cache.keys[0][:, :, :14].clone())
+    torch.testing.assert_close(*moved)
 
 
 def test_a_capture_that_failed_says_so() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import CAPACITY, decoded, keep, load, sampler, score, text
+from bench import CAPACITY, Rehearsal, decoded, keep, load, sampler, score, text
 from tiny import ARCHITECTURES, VOCAB, WINDOW, tiny
 from torch import Tensor, nn
 
@@ -326,6 +326,34 @@ def test_long_rotations_are_refused_where_they_would_change_the_past() -> None:
     target = Target(model, capacity=64)
     tokens, _ = decoded(target, load("ar", target, None), text(10, VOCAB), Limits(30))
     assert tokens == target.generate(text(10, VOCAB), 30)
+
+
+def test_rotations_that_read_the_host_cannot_be_captured() -> None:
+    model = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert Target(model, capacity=CAPACITY).depth
+    with pytest.raises(ValueError, match="use --runtime eager"):
+        Target(model, capacity=CAPACITY, runtime=Rehearsal())
+
+
+def test_llama_has_no_window_whatever_its_configuration_says() -> None:
+    plain, target = tiny("llama"), Target(tiny("llama", sliding_window=8), capacity=CAPACITY)
+    tokens, _ = decoded(target, load("ar", target, None), text(30, VOCAB), Limits(20))
+    assert tokens == Target(plain, capacity=CAPACITY).generate(text(30, VOCAB), 20)
+
+
+def test_hidden_states_of_layers_that_are_not_there_are_refused() -> None:
+    target = Target(tiny("llama"), capacity=CAPACITY)
+    target.tap((-1, 4))
+    with pytest.raises(ValueError, match="after layer 18, and the target has 4 layers"):
+        target.tap((2, 18))
+
+
+def test_a_draft_model_that_lacks_weights_is_refused(tmp_path: Any) -> None:
+    model = tiny("llama")
+    kept = {name: t for name, t in model.state_dict().items() if not name.startswith("model.layers.1.mlp.")}
+    model.save_pretrained(tmp_path / "torn", state_dict=kept)
+    with pytest.raises(ValueError, match=r"lacks weights \(model.layers.1.mlp"):
+        Target(model, capacity=CAPACITY).companion(tmp_path / "torn")
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Any) -> None:
