@@ -189,7 +189,11 @@ class Context:
             return "regressed", "planned, but NEW has no trial of it"
         finished = self.base.answers(cell.id).keys() - self.new.answers(cell.id).keys()
         lost = sorted(finished & failed.keys())
-        return ("regressed", f"{len(lost)} turns now fail: {failed[lost[0]]}") if lost else None
+        return (
+            ("regressed", f"{len(lost)} turn{'s now fail' if len(lost) > 1 else ' now fails'}: {failed[lost[0]]}")
+            if lost
+            else None
+        )
 
     def _lossless(self, cell: CellComparison) -> tuple[Status, str]:
         before, after = cell.verdict

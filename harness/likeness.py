@@ -71,7 +71,7 @@ def schemas(run: Run) -> list[int]:
 
 def differences(what: str, base: Facts, new: Facts) -> list[str]:
     """One sentence for all that differs, or none."""
-    parts = [f"{name} {short(base[name])} and {short(new[name])}" for name in base if base[name] != new.get(name)]
+    parts = [f"{name} {short(base[name])} and {short(new.get(name))}" for name in base if base[name] != new.get(name)]
     parts += [f"{name} {short(None)} and {short(new[name])}" for name in new if name not in base]
     return [f"{what}: {'; '.join(parts)}"] if parts else []
 

@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 from harness.decode import Step
 from harness.errors import UserError
 from harness.metrics import NEAR_TIE, depth_counts, first_difference
-from harness.results import append_line
+from harness.results import UNREADABLE, append_line
 
 VERSION = 1
 TESTABLE = 0.01
@@ -193,7 +193,7 @@ def _lines(path: Path) -> Iterable[Line]:
     whole = content[: content.rfind(b"\n") + 1]
     try:
         return [msgspec.json.decode(line, type=Line) for line in whole.splitlines()]
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is no file of `verify`, or of a newer one ({error})") from None
 
 

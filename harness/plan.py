@@ -276,6 +276,10 @@ def _from_table(table: dict[str, Any]) -> method.Spec:
     if "name" not in table:
         raise UserError(f"a [[methods]] table needs a name, like `name = 's3d'`; it has {_listed(table) or 'nothing'}")
     name, label = table.pop("name"), table.pop("label", None)
+    if not isinstance(name, str) or not isinstance(label, str | None):
+        raise UserError(
+            f"a [[methods]] table's name and label are texts, like `name = 's3d'`, and not {name!r}, {label!r}"
+        )
     known = {field.name for field in msgspec.structs.fields(method.find(name).Options)}
     options = {key.replace("-", "_"): value for key, value in table.items()}
     for key in options:

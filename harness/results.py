@@ -32,6 +32,8 @@ PRELIMINARY = (
     "and no --limit."
 )
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)
+"what a line raises that nobody could have written so"
 Outcome = Literal["ok", "oom", "error", "unsupported", "killed"]
 
 
@@ -186,6 +188,13 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> tuple[str, int, str, int]:
         return (self.cell.id, self.round, self.prompt_id, self.turn)
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether what was counted in each pass is of as many passes, and makes the text."""
+        each = (self.committed, self.drafted, self.drafted_depth, self.accepted, self.round_seconds)
+        passes = {len(counts) for counts in each if counts is not None}
+        return len(passes) < 2 and (not self.committed or 1 + sum(self.committed) == len(self.new_tokens or ()))
+
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
     """What a drafter cost to make, from its checkpoint's metadata."""
@@ -320,6 +329,17 @@ class Run:
     judged: tuple[Judged, ...] = ()
     "of `judged.jsonl`: what float64 says of texts that differ"
 
+    @property
+    def measured_rounds(self) -> int:
+        """Rounds with trials; those that were planned where there is none."""
+        return len({trial.round for trial in self.rows}) or self.manifest.rounds
+
+    @property
+    def missing_trials(self) -> int:
+        """How many of those that were planned have no row, as far as the run's own rows tell its turns."""
+        turns = max(len({(trial.prompt_id, trial.turn) for trial in self.rows}), self.manifest.prompts)
+        return max(0, turns * self.manifest.rounds * len(self.manifest.cells) - len({trial.key for trial in self.rows}))
+
     def __hash__(self) -> int:
         """Cheap, so that what is derived from a run can be kept for the next who asks."""
         return hash((self.directory, self.manifest.run, len(self.rows)))
@@ -357,9 +377,11 @@ def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:
             continue
         try:
             raw = msgspec.json.decode(line)
-            yield msgspec.convert(raw, Trial), raw
-        except (msgspec.DecodeError, msgspec.ValidationError):
+            trial = msgspec.convert(raw, Trial)
+        except UNREADABLE:
             yield None
+        else:
+            yield (trial, raw) if trial.adds_up else None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -404,7 +426,7 @@ def read_run(directory: Path | str) -> Run:
 
 def _judged(path: Path) -> Iterator[Judged]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(msgspec.MsgspecError):  # torn, and so judged again
+        with suppress(*UNREADABLE):  # torn, and so judged again
             yield msgspec.json.decode(line, type=Judged)
 
 
@@ -469,6 +491,8 @@ def _typed(path: Path) -> Iterator[Trial | None]:
     with path.open("rb") as file:
         for line in filter(bytes.strip, file):
             try:
-                yield decoder.decode(line)
-            except (msgspec.DecodeError, msgspec.ValidationError):
+                trial = decoder.decode(line)
+            except UNREADABLE:
                 yield None
+            else:
+                yield trial if trial.adds_up else None

@@ -119,6 +119,7 @@ def _until_precise(
         now, run = time.monotonic(), read_run(directory)
         longest = max(longest, now - started)
         manifest.rounds = 1 + max(row.round for row in run.rows)
+        write_manifest(directory, manifest)
         if why := pace.ended(manifest.rounds, metrics.summary(run), now - began, longest):
             break
     manifest.preliminary |= manifest.rounds < PUBLISHABLE_ROUNDS

@@ -96,7 +96,7 @@ class Own:
         frame = self.side.good[(self.side.good.cell == id) & (self.side.good.decode_tokens > 0)]
         if self.turns is None:
             return frame
-        return frame[[key in self.turns for key in zip(frame.prompt_id, frame.turn, strict=True)]]
+        return frame.loc[[key in self.turns for key in zip(frame.prompt_id, frame.turn, strict=True)]]
 
     @cached_property
     def pairs(self) -> pd.DataFrame:

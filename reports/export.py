@@ -90,7 +90,7 @@ def latex(rows: Sequence[Row], run: Run) -> str:
         body += [" & ".join(map(_tex, _latex_cells(row))) + r" \\" for row in group]
         body.append(r"\midrule")
     m = run.manifest
-    rounds = f"{m.rounds} round{'s' * (m.rounds != 1)}"
+    rounds = f"{run.measured_rounds} round{'s' * (run.measured_rounds != 1)}"
     how = f"{m.prompts} prompts ({m.prompt_set}), {m.max_new_tokens} new tokens, {rounds}, batch one"
     caption = f"{m.model} on {words.device(run)}; {how}. Speed-up: over autoregressive decoding through the same loop."
     synthetic = " SYNTHETIC: random weights, or acceptance that was drawn." * any(row.synthetic for row in rows)

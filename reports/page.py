@@ -124,6 +124,7 @@ def view(run: Run, rows: list[Row], name: str) -> dict[str, Any]:
     return pictures | {
         "name": name,
         "manifest": run.manifest,
+        "rounds": run.measured_rounds,
         "device": where,
         "rows": rows,
         "groups": groups,

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PHASES = ("draft", "verify", "accept", "commit", "host")
-READ_AS = "speed-up = τ / steps, a round's cost in steps of the baseline; floor: share of what the bandwidth allows"
+READ = {
+    "τ/steps": "speed-up = τ / steps, a round's cost in steps of the baseline",
+    "floor": "floor: share of what the bandwidth allows",
+}
+READ_AS = "; ".join(READ.values())
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -86,7 +90,6 @@ def _terminal_table(target: str, group: Sequence[Row]) -> Table:
     mark = " SYNTHETIC" * any(row.synthetic for row in group)
     shown = Table(
         title=f"\n{target}{mark}: where a round's ms go",
-        caption=READ_AS,
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -95,6 +98,7 @@ def _terminal_table(target: str, group: Sequence[Row]) -> Table:
     )
     records = [_terminal_record(row) for row in group]
     headers = [header for header in records[0] if any(each[header] != NOTHING for each in records)]
+    shown.caption = "; ".join(READ[header] for header in headers if header in READ)
     for header in headers:
         shown.add_column(
             header, justify="left" if header == "method" else "right", overflow="fold", no_wrap=header != "method"

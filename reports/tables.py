@@ -302,13 +302,15 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
     """What to beware of: as the run recorded it, and what its files show."""
     lines = list(run.manifest.warnings)
     if run.skipped_lines:
-        torn = f"{run.skipped_lines} line{'s' * (run.skipped_lines != 1)}"
-        lines.append(f"{torn} of trials.jsonl could not be read and are not in any number here.")
+        torn = "1 line" if run.skipped_lines == 1 else f"{run.skipped_lines} lines"
+        are = "is" if run.skipped_lines == 1 else "are"
+        lines.append(f"{torn} of trials.jsonl could not be read and {are} not in any number here.")
     if count := sum(row.trials_failed for row in rows):
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
     lines += throttled(run)
-    if missing := [row for row in rows if not row.trials_ok and not row.trials_failed]:
-        lines.append(f"{len(missing)} planned cells have no trial: the run was cut short; run it again to resume.")
+    if missing := run.missing_trials:
+        of = f"{missing} of {missing + len({trial.key for trial in run.rows})} planned trials"
+        lines.append(f"{of} are missing: the run was cut short; run it again to resume.")
     if run.manifest.isolation != "round":
         lines.append(
             f"Rounds shared a process (isolation: {run.manifest.isolation}): intervals over rounds miss what a fresh "

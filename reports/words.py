@@ -128,10 +128,11 @@ def inflated(rows: Sequence[Row]) -> bool:
 def _fastest(best: Row, rivals: Sequence[Row]) -> str:
     label, interval = plain(best.cell.label), best.speedup
     assert interval is not None
+    if direction(interval).startswith("no clear difference"):
+        leads = "leads" if interval.value > 1 else "comes nearest"
+        return f"nothing is clearly faster than plain decoding; {label} {leads} at {_sure(interval)}"
     if interval.value <= 1:
         return f"nothing is faster than plain decoding; {label} comes nearest at {_sure(interval)}"
-    if direction(interval).startswith("no clear difference"):
-        return f"nothing is clearly faster than plain decoding; {label} leads at {_sure(interval)}"
     level = [plain(row.cell.label) for row in rivals if row is not best and _overlap(row.speedup, interval)]
     overlap = "intervals overlap" if len(level) > 1 else "interval overlaps"
     tie = f", level with {_listed(level)} whose {overlap}" if level else ""
@@ -142,8 +143,9 @@ def _most_per_gib(row: Row, fastest: Row) -> str:
     relative = row.per_gib_relative
     assert relative is not None
     sure = _sure(relative, " the baseline's")
-    if relative.value <= 1:
-        return f"none gives more tok/s per GiB than plain decoding (best: {plain(row.cell.label)}, {sure})"
+    if relative.value <= 1 or direction(relative).startswith("no clear difference"):
+        clearly = "" if direction(relative).startswith("slower") else "clearly "
+        return f"none {clearly}gives more tok/s per GiB than plain decoding (best: {plain(row.cell.label)}, {sure})"
     who = "it also" if row is fastest else plain(row.cell.label)
     return f"{who} gives the most tok/s per GiB, {number(row.tokens_per_second_per_gib, 1)}, {sure}"
 

@@ -59,7 +59,7 @@ def test_report_tells_the_answer_without_colour_in_a_pipe(
 ) -> None:
     assert cli.main(["report", str(run_directory)]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("In 32 bits on cuda, nothing is faster than plain decoding")
+    assert shown.startswith("In 32 bits on cuda, nothing is clearly faster than plain decoding")
     assert shown.rstrip().endswith("report.html")
     assert "\x1b" not in shown
 

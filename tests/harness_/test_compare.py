@@ -17,6 +17,7 @@ from harness.cli import main
 from harness.compare import Comparison, compare, gather
 from harness.errors import UserError
 from harness.gates import DEFAULT_GATES, parse_gate
+from harness.likeness import unlike
 from harness.results import Run, Trial, append_trial, write_manifest
 
 HOST = {"cpu": "Some CPU", "threads": 2, "torch_threads": 2, "instruction_sets": "avx2", "devices": []}
@@ -235,7 +236,23 @@ def test_a_turn_that_fails_now_is_a_regression_whatever_the_gates() -> None:
     lost = [failed(cell("s3d"), prompt_id="p1", round=index, synthetic=False) for index in range(3)]
     new = factory.run(*rows, *lost, host=HOST, versions={"torch": "2"}, weights_sha256="1" * 64)
     found = held_against(base, new, "tau<-50%")
-    assert [(one.gate, one.reason) for one in found.regressed] == [("finished", "1 turns now fail: oom: out of memory")]
+    assert [(one.gate, one.reason) for one in found.regressed] == [("finished", "1 turn now fails: oom: out of memory")]
+
+
+def test_a_baseline_that_failed_on_one_side_is_a_regression_too() -> None:
+    base = measured()
+    rows = [row for row in base.rows if row.cell.method != "ar"]
+    lost = [msgspec.structs.replace(row, outcome="oom") for row in base.rows if row.cell.method == "ar"]
+    new = factory.run(*rows, *lost, host=HOST, versions={"torch": "2"}, weights_sha256="1" * 64)
+    found = held_against(base, new)
+    assert {one.gate for one in found.regressed if one.cell.startswith("ar")} == {"finished"}
+
+
+def test_what_one_side_alone_knows_is_a_difference_either_way() -> None:
+    one, two = measured(), measured()
+    one = replace(one, manifest=msgspec.structs.replace(one.manifest, vram_budget_bytes=8))
+    for sides in ((one, two), (two, one)):
+        assert "vram_budget_bytes" in " ".join(unlike(*sides))
 
 
 def without(run: Run, *methods: str) -> Run:

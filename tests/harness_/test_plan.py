@@ -172,6 +172,8 @@ def test_cells_in_another_dtype_are_another_target() -> None:
         ({"max-new-token": 3}, "did you mean 'max_new_tokens'"),
         ({"methods": [{"name": "s3d", "kep": [3, 7]}]}, "did you mean 'keep'"),
         ({"methods": [{"k": 4}]}, "needs a name"),
+        ({"methods": [{"name": 3}]}, "name and label are texts"),
+        ({"methods": [{"name": "s3d", "label": 3}]}, "name and label are texts"),
         ({"methods": []}, "no method named"),
         ({"rounds": 0}, "rounds: expected a whole number >= 1, not 0"),
         ({"limit": "many"}, "limit: expected"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -41,6 +42,31 @@ def test_a_file_cut_off_in_a_line_loads_all_but_that_line_and_says_so(tmp_path: 
     run = read_run(directory)
     assert (len(run.rows), run.skipped_lines) == (len(lines) - 1, 1)
     assert any(line.startswith("1 line of trials.jsonl could not be read") for line in warnings(run, summary(run)))
+
+
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [("run", '"\\udcff"'), ("accepted", "[0]"), ("committed", "[1, 2, 3]"), ("new_tokens", "null")],
+)
+def test_a_line_that_nobody_could_have_written_is_not_read(field: str, changed: str, tmp_path: Path) -> None:
+    directory = golden_copy(tmp_path)
+    trials = directory / "trials.jsonl"
+    first, *rest = trials.read_text().splitlines(keepends=True)
+    raw = json.loads(first)
+    line = json.dumps(raw | {field: "HERE"}).replace('"HERE"', changed).encode()
+    trials.write_bytes(line.replace(b"\\udcff", b"\xff") + b"\n" + "".join(rest).encode())
+    run = read_run(directory)
+    assert (len(run.rows), run.skipped_lines) == (len(rest), 1)
+    assert next(read_trials(trials)) is None
+    assert render([run])
+
+
+def test_a_run_that_was_cut_short_says_so_and_tells_the_rounds_that_it_has(tmp_path: Path) -> None:
+    whole = factory.run(*(factory.trial(factory.cell(name), round=index) for index in (0, 1) for name in ("ar", "s3d")))
+    assert not any("missing" in line for line in warnings(whole, summary(whole)))
+    cut = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if row.round == 0))
+    assert "2 of 4 planned trials are missing" in " ".join(warnings(cut, summary(cut)))
+    assert "over 1 round." in render([cut])
 
 
 def test_unknown_fields_are_kept(tmp_path: Path) -> None:

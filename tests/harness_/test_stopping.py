@@ -99,14 +99,20 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def test_a_run_goes_on_until_it_is_precise_and_a_finer_one_goes_on_from_there(
-    decoded: list[tuple[str, int]], tmp_path: Path
+    decoded: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[child.Event] = []
+    written: list[int] = []
+    write = runner.write_manifest
+    monkeypatch.setattr(runner, "write_manifest", lambda *given: written.append(given[1].rounds) or write(*given))
     runner.execute(planned(precision=0.2), tmp_path / "run", events.append)
     first = read_run(tmp_path / "run").manifest
     assert AUTO_ROUNDS[0] <= first.rounds < 20
     assert first.precision == 0.2
     assert not any(line.startswith("Rounds ended early") for line in first.warnings)
+    assert [*dict.fromkeys(written[2:])] == [*range(1, 1 + first.rounds)], (
+        "whoever interrupts it finds the rounds that there are"
+    )
     runner.execute(planned(precision=0.1), tmp_path / "run", events.append)
     again = read_run(tmp_path / "run").manifest
     assert again.rounds > first.rounds
