@@ -189,11 +189,10 @@ class Context:
             return "regressed", "planned, but NEW has no trial of it"
         finished = self.base.answers(cell.id).keys() - self.new.answers(cell.id).keys()
         lost = sorted(finished & failed.keys())
-        return (
-            ("regressed", f"{len(lost)} turn{'s now fail' if len(lost) > 1 else ' now fails'}: {failed[lost[0]]}")
-            if lost
-            else None
-        )
+        if not lost:
+            return None
+        turns = "1 turn now fails" if len(lost) == 1 else f"{len(lost)} turns now fail"
+        return "regressed", f"{turns}: {failed[lost[0]]}"
 
     def _lossless(self, cell: CellComparison) -> tuple[Status, str]:
         before, after = cell.verdict
