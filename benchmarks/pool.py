@@ -1,6 +1,6 @@
 """What `compare` finds, and what it does not, on a machine: one pool of rounds, and comparisons drawn from it.
 
-    python -m benchmarks.pool record out/pool --rounds 40      # hours for the default model, minutes for a tiny one
+    python -m benchmarks.pool record out/pool --rounds 40      # half an hour for the default model
     python -m benchmarks.pool judge out/pool
 
 The pool holds `ar`, a decoder, and the same decoder with a planted slow-down, in the same shuffled rounds. A comparison

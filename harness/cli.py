@@ -393,7 +393,7 @@ def train(
     batch: Annotated[int, _at_least(1, "Sequences a step.")] = 64,
     anchors: Annotated[int, _at_least(1, "Places a sequence where each method drafts.")] = 48,
     learning_rate: Annotated[float, _at_least(0, "Peak of the schedule.")] = 1e-3,
-    seed: int = 0,
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lte=2**63 - 1))] = 0,
     device: Annotated[str, Parameter(help="auto, cuda, xpu, mps or cpu.")] = "auto",
     out: Annotated[Path | None, Parameter(help="Folder of the drafters; default: where `run` finds them.")] = None,
     stop_after: Annotated[float | None, _at_least(0, "Seconds of training, to go on later.")] = None,

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -110,13 +111,20 @@ def nvidia_devices() -> list[dict[str, Any]]:
         pynvml.nvmlInit()
     except Exception:  # no package, no driver, or one that it cannot talk to: no NVIDIA devices to tell of
         return []
-    driver = pynvml.nvmlSystemGetDriverVersion()
+
+    def asked(question: Callable[..., Any], *about: Any) -> Any:
+        try:
+            return question(*about)
+        except pynvml.NVMLError:  # what a device does not tell, as where it shares the host's memory
+            return None
+
+    driver = asked(pynvml.nvmlSystemGetDriverVersion)
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     return [
         {
-            "name": pynvml.nvmlDeviceGetName(handle),
-            "uuid": pynvml.nvmlDeviceGetUUID(handle),
-            "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+            "name": asked(pynvml.nvmlDeviceGetName, handle),
+            "uuid": asked(pynvml.nvmlDeviceGetUUID, handle),
+            "memory_bytes": getattr(asked(pynvml.nvmlDeviceGetMemoryInfo, handle), "total", None),
             "driver": driver,
         }
         for handle in handles
@@ -194,7 +202,10 @@ def _torch() -> Check:
 
 
 def _device() -> Check:
-    gpus = [f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" for gpu in nvidia_devices()]
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu["memory_bytes"] else str(gpu["name"])
+        for gpu in nvidia_devices()
+    ]
     match choose_device("auto"):
         case "cpu" if gpus:
             advice = "install the CUDA build of torch, or look at CUDA_VISIBLE_DEVICES"

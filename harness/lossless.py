@@ -28,6 +28,7 @@ TESTABLE = 0.01
 CHANCE = 0.01
 "p-value below which a method parts from a quantised target more often than that target from itself"
 
+OPENING = b'{"type":"heading"'
 Outcome = Literal["identical", "near-tie", "DIVERGED", "untestable"]
 Word = Literal["identical", "near-tie", "DIVERGED", "not testable in these bits", "lossy by design"]
 Gap = Callable[[int], float]
@@ -143,9 +144,13 @@ def append(path: Path, line: Line) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Drop what a killed run left of its last line."""
+    """Drop what a killed run left of its last line. Raises UserError, and changes nothing, for a foreign file."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    if whole:
+        _lines(path)
+    elif content[: len(OPENING)] != OPENING[: len(content)]:
+        raise UserError(f"{path} is no file of `verify`: give another --out")
     if whole != content:
         os.truncate(path, len(whole))
 

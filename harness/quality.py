@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from harness import child, weights
+from harness.errors import UserError
 from harness.paths import cache_dir, write_atomically
 from harness.plan import Plan, RunJob
 from harness.prepare import load_precisely
@@ -29,6 +30,8 @@ from prompts import load
 TEXTS = 12
 LONGEST = 256
 "tokens of a text that are scored at most"
+MOST_LOSS = 700.0
+"a token's: beyond it no number is its exponential"
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +128,8 @@ def score(
         logits_TV = logits(ids_T[None])[:-1].float()
         loss += float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:], reduction="sum"))
         best += logits_TV.argmax(-1).tolist()
+    if not loss < MOST_LOSS * len(best):  # nor where it is no number
+        raise UserError(f"a loss of {loss / len(best):.3g} a token on held-out text gives no perplexity")
     return Scored(loss=loss, best=best)
 
 

@@ -146,7 +146,10 @@ def share(prompts: Sequence[Prompt], shard: str | None) -> Sequence[Prompt]:
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"no shard {shard!r}: write 1/8 for the first of eight, 8/8 for the last")
-    return prompts[int(match[1]) - 1 :: int(match[2])]
+    mine = prompts[int(match[1]) - 1 :: int(match[2])]
+    if not mine:
+        raise UserError(f"shard {shard} of {len(prompts)} prompts is empty: make at most {len(prompts)} shards")
+    return mine
 
 
 def check(planned: Plan, prompts: Sequence[Prompt], path: Path, tell: Callable[[str], None]) -> None:

@@ -165,6 +165,12 @@ def load(
             )
     except SafetensorError as error:
         raise UserError(f"the weights of {source.name} cannot be read ({error}): fetch them again") from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise UserError(
+            f"the weights of {source.name} have other shapes than its config.json says: fetch both again"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"the weights of {source.name} lack {len(missing)} tensors, {missing[0]} the first, which would be made up "
@@ -238,7 +244,10 @@ def _weight_files(name: str, directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        files = [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"the {index.name} of {name} is damaged ({error}): fetch it again") from error
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{name} lacks {absent[0]} ({len(absent)} of {len(files)} weight files): fetch it again")
         return files
@@ -249,13 +258,16 @@ def _weight_files(name: str, directory: Path) -> list[Path]:
 
 def _refuse_what_is_no_causal_lm(name: str, directory: Path, trust_remote_code: bool) -> None:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise UserError(f"{name} has no config.json: it is not a transformers model")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config: Any = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no object")
     except ValueError as error:
         raise UserError(f"the config.json of {name} is not JSON ({error}): fetch it again") from error
     if quantised := config.get("quantization_config"):
@@ -264,12 +276,17 @@ def _refuse_what_is_no_causal_lm(name: str, directory: Path, trust_remote_code: 
     brings_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     if brings_code and trust_remote_code:
         return
-    kind = config.get("model_type")
+    kind: Any = config.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         if brings_code:
             raise UserError(f"{name} runs code of its own ({kind!r}): read it, then allow it with --trust-remote-code")
         version = transformers.__version__
         raise UserError(f"transformers {version} does not know the architecture {kind!r} of {name}: upgrade it")
+    try:
+        transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers cannot read the config.json of {name} ({reason}): fetch it again") from error
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     classes = config.get("architectures") or [causal]
     generative = (causal, "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

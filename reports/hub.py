@@ -29,6 +29,9 @@ def push(run: Run, name: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             made = bundle.publish(run, Path(folder) / "bundle")
             api.create_repo(name, repo_type="dataset", exist_ok=True)
+            held = set(api.list_repo_files(name, repo_type="dataset"))
+            if held - {".gitattributes"} and bundle.SUMS not in held:
+                raise UserError(f"{PREFIX}{name} holds something else, which would be removed: give another name")
             api.upload_folder(
                 repo_id=name,
                 repo_type="dataset",
@@ -36,6 +39,8 @@ def push(run: Run, name: str) -> str:
                 commit_message=f"Run {run.manifest.run}",
                 delete_patterns="*",
             )
+    except errors.HFValidationError as error:
+        raise UserError(f"{PREFIX}{name} names no data set: {' '.join(str(error).split())}") from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("the hub wants to know who you are: run `hf auth login`, or set HF_TOKEN") from error
     except errors.HfHubHTTPError as error:

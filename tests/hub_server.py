@@ -65,9 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known = any(self.path.startswith(f"/api/{name}") for name in self.hub.repositories)
         if "/tree/" in self.path:
-            self._answer(200, [])
+            self._answer(200, [{"type": "file", "path": name, "oid": "0", "size": 1} for name in self.hub.files])
         else:
-            self._answer(200 if known else 404, {"id": "x/y", "sha": "0" * 40, "siblings": []})
+            held = [{"rfilename": name} for name in self.hub.files]
+            self._answer(200 if known else 404, {"id": "x/y", "sha": "0" * 40, "siblings": held})
 
     def _answer(self, status: int, content: Any) -> None:
         body = json.dumps(content).encode()

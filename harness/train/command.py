@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from harness import chat, drafter, meters, weights
 from harness.errors import UserError
@@ -108,7 +109,10 @@ def train(
     text = corpora.place(loaded.sha256, tokens, settings.length, settings.seed, first_turns).stem
     unfinished = _unfinished(settings, loaded.sha256, text)
     if unfinished.is_file() and not restart:
-        room.resume(drafter.tensors(unfinished))
+        try:
+            room.resume(drafter.tensors(unfinished))
+        except SafetensorError as error:
+            raise UserError(f"the unfinished training {unfinished} is damaged ({error}): add --restart") from error
         narrator.stage(f"going on from step {room.step} of {room.steps}", room.step / room.steps)
     finished = room.run(
         on_report=narrator.report,

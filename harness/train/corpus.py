@@ -191,23 +191,28 @@ def make(
     `identity` is the model's (its weights' SHA-256): another model writes another text.
     """
     path = place(identity, tokens, length, seed, first_turns)
-    if path.is_file():
-        return read(path)
+    if (kept := read(path)) is not None:
+        return kept
     template = Template.of(tokenizer)
     texts = first_turns or openings()
     encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     sequences = max(2, round(tokens / length))
-    parts: list[tuple[Tensor, Tensor]] = []
-    started = time.perf_counter()
+    parts: dict[Path, Corpus] = {}
     for first in range(0, sequences, batch):
         size = min(batch, sequences - first)
+        own = path.with_name(f"{path.stem}-{batch}-{first}{path.suffix}")  # what a run that was stopped goes on from
+        if (part := read(own)) is not None:
+            parts[own] = part
+            continue
+        started = time.perf_counter()
         next_text = (first if first_turns else first // 2) % len(encoded)
         share = encoded[next_text:] + encoded[:next_text]
 
-        def tell(step: int, first: int = first, size: int = size) -> None:
-            done = first + size * step / length
-            rate = done * length / (time.perf_counter() - started)
-            on_progress(f"writing text to learn from ({rate:,.0f} tokens/s)", done / sequences)
+        def tell(step: int, first: int = first, size: int = size, started: float = started) -> None:
+            rate = size * step / (time.perf_counter() - started)
+            on_progress(
+                f"writing text to learn from ({rate:,.0f} tokens/s)", (first + size * step / length) / sequences
+            )
 
         written = write(
             trunk,
@@ -215,15 +220,22 @@ def make(
             end_ids,
             sequences=size,
             length=length,
-            seed=seed + first,
+            seed=(seed + first) % 2**63,
             first_turns=share if first_turns else None,
             begun=None if first_turns else share,
             on_step=tell,
         )
-        parts.append(written)
-    ids_RT, greedy_RT = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    corpus = Corpus(ids_RT, greedy_RT, time.perf_counter() - started, meters.device_name(trunk.device))
+        parts[own] = Corpus(*written, time.perf_counter() - started, meters.device_name(trunk.device))
+        if size < sequences:
+            save(own, parts[own])
+    all_ids, all_greedy = (
+        torch.cat([getattr(part, name) for part in parts.values()]) for name in ("ids_RT", "greedy_RT")
+    )
+    seconds = sum(part.seconds for part in parts.values())
+    corpus = Corpus(all_ids, all_greedy, seconds, meters.device_name(trunk.device))
     save(path, corpus)
+    for own in parts:
+        own.unlink(missing_ok=True)
     return corpus
 
 
@@ -243,11 +255,14 @@ def save(path: Path, corpus: Corpus) -> None:
     save_tensors(path, tensors, {"seconds": str(corpus.seconds), "device": corpus.device})
 
 
-def read(path: Path) -> Corpus:
-    """Read a corpus that `save` wrote."""
-    from safetensors import safe_open
+def read(path: Path) -> Corpus | None:
+    """What `save` wrote; None where it wrote nothing, or its file is damaged."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        ids, greedy = file.get_tensor("ids"), file.get_tensor("greedy")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            ids, greedy = file.get_tensor("ids"), file.get_tensor("greedy")
+    except (FileNotFoundError, SafetensorError):
+        return None
     return Corpus(ids.long(), greedy.bool(), float(metadata["seconds"]), metadata["device"])

@@ -6,6 +6,8 @@ apart. Shape letters: `harness.lesson`.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,11 +127,29 @@ class Classroom:
         save_every_seconds: float = 120.0,
         stop_after_seconds: float | None = None,
     ) -> bool:
-        """Train to the end, or until the time is up: True when it is finished."""
+        """Train to the end, or until the time is up: True when it is finished.
+
+        Raises KeyboardInterrupt, once what was learned is saved, where somebody asks to stop.
+        """
+        with asked_to_stop() as stopping:
+            return self._run(on_report, evaluate_every, save, save_every_seconds, stop_after_seconds, stopping)
+
+    def _run(
+        self,
+        on_report: Callable[[Report], None],
+        evaluate_every: int,
+        save: Callable[[], None],
+        save_every_seconds: float,
+        stop_after_seconds: float | None,
+        stopping: Callable[[], bool],
+    ) -> bool:
         started = saved = time.perf_counter()
         taus: dict[str, float] = {}
         while self.step < self.steps:
             self.advance()
+            if stopping() and self.step < self.steps:
+                save()
+                raise KeyboardInterrupt(f"interrupted after step {self.step} of {self.steps}: the same command goes on")
             if self.step % evaluate_every == 0 or self.step == self.steps:
                 taus = {name: agreement.tau for name, agreement in self.evaluate().items()}
             if self.step % 10 == 0 or self.step == self.steps:
@@ -146,7 +167,7 @@ class Classroom:
     def advance(self) -> None:
         """One step of every method on one batch."""
         counting = self.step == 0
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
         pick = torch.randint(self.train_R.numel(), (min(self.recipe.batch, self.train_R.numel()),), generator=generator)
         with self._charge(self.shared, counting):
             lesson = self._lesson(self.train_R[pick], generator)
@@ -262,6 +283,27 @@ class Classroom:
             pupil.cost = _cost_from(state[f"{name}/cost"])
 
 
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or a request to end came in the meantime: a step is not cut in half, but the second time it is."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _attention_flops(query: Tensor, keys: Tensor, *_: Any, **__: Any) -> int:
     """Two products of M x S x d a query head; torch's own count refuses grouped queries."""
     batch, heads, size, width = query
@@ -301,7 +343,9 @@ def novelty(ids_RT: Tensor, rows: int = 256) -> Tensor:
     for start in range(0, ids_RT.shape[0], rows):
         # Piece i ends with token i + REPEATED; its hash is equal to an earlier piece's where the text repeats.
         hashes_RP = (ids_RT[start : start + rows].unfold(1, REPEATED + 1, 1) * base).sum(-1)
-        seen_RP = (hashes_RP[:, :, None] == hashes_RP[:, None]).tril(-1).any(-1)
+        sorted_RP, order_RP = hashes_RP.sort(dim=1, stable=True)
+        again_RP = F.pad(sorted_RP[:, 1:] == sorted_RP[:, :-1], (1, 0))  # all but the first of those that are equal
+        seen_RP = torch.zeros_like(again_RP).scatter_(1, order_RP, again_RP)
         weight_RT[start : start + rows, REPEATED - 1 : -1][seen_RP] = REPEAT_WEIGHT
     return weight_RT
 

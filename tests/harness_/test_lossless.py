@@ -274,9 +274,26 @@ def test_an_untrained_method_says_how_to_train_it(chat: dict[str, Any]) -> None:
 def test_shards_are_disjoint_and_complete() -> None:
     prompts: Any = list(range(10))
     assert sorted(prompt for i in (1, 2, 3) for prompt in share(prompts, f"{i}/3")) == prompts
-    for wrong in ("0/3", "4/3", "1-3", "a/b"):
+    for wrong in ("0/3", "4/3", "1-3", "a/b", "11/11"):
         with pytest.raises(UserError, match="shard"):
             share(prompts, wrong)
+
+
+@pytest.mark.parametrize("content", [b"my notes, one line", b"line 1\nline 2", b"\x00\x01\n\xff", b'{"type":"ref'])
+def test_a_file_that_verify_did_not_write_stays_what_it_is(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is no file of"):
+        lossless.cut_torn_line(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"ty', b'{"type":"heading","version":1,"mo'])
+def test_what_is_left_of_a_heading_is_dropped(torn: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "verify.jsonl"
+    path.write_bytes(torn)
+    lossless.cut_torn_line(path)
+    assert path.read_bytes() == b""
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from factory import cell, run, trial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import meters
+from harness import host, meters
 from harness.memory import attribute
 from harness.metrics import summary
 from harness.results import DeviceState, Memory
@@ -159,6 +159,18 @@ def test_a_device_is_found_by_its_uuid(
     found = meters.Nvml.find(gpu)
     assert found is not None
     assert found.handle == known
+
+
+def test_a_gpu_that_shares_the_hosts_memory_is_told_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(handle: Any) -> Any:
+        raise NVMLError
+
+    nvml = library("GPU-1", nvmlDeviceGetName="GB10", nvmlDeviceGetUUID="GPU-1")
+    nvml.nvmlDeviceGetCount, nvml.nvmlDeviceGetHandleByIndex = lambda: 1, lambda index: index
+    nvml.nvmlSystemGetDriverVersion, nvml.nvmlDeviceGetMemoryInfo = lambda: "580", refused
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    (found,) = host.nvidia_devices()
+    assert found == {"name": "GB10", "uuid": "GPU-1", "memory_bytes": None, "driver": "580"}
 
 
 def test_a_device_that_the_driver_does_not_know_has_no_figures(

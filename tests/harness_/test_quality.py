@@ -14,6 +14,7 @@ from factory import cell, trial
 
 import prompts
 from harness import child, quality, runner, weights
+from harness.errors import UserError
 from harness.plan import Plan, RunJob, plan, read_request
 from harness.results import Manifest, Quality, read_run, write_manifest
 from reports.words import changed_targets
@@ -48,6 +49,13 @@ def test_perplexity_and_the_likeliest_tokens_are_the_models_own() -> None:
     scored = quality.score(lambda ids_1T: logits_V.expand(ids_1T.shape[1], 2), texts, torch.device("cpu"))
     assert scored.best == [1, 1, 1]
     assert scored.perplexity == pytest.approx(math.exp(-(2 * math.log(0.75) + math.log(0.25)) / 3))
+
+
+@pytest.mark.parametrize("best", [float("nan"), 1e4])
+def test_a_loss_that_gives_no_perplexity_is_refused_and_not_kept(best: float) -> None:
+    logits_V = torch.tensor([0.0, best])
+    with pytest.raises(UserError, match="gives no perplexity"):
+        quality.score(lambda ids_1T: logits_V.expand(ids_1T.shape[1], 2), [[1, 0, 0]], torch.device("cpu"))
 
 
 def test_every_changed_target_is_held_against_32_bits(job: RunJob, monkeypatch: pytest.MonkeyPatch) -> None:

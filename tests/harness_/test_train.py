@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.paths import save_tensors
 from harness.train import command, corpus
-from harness.train.loop import Classroom, Recipe, Report, draft_vocabulary, novelty, places
+from harness.train.loop import (
+    REPEAT_WEIGHT,
+    REPEATED,
+    Classroom,
+    Recipe,
+    Report,
+    draft_vocabulary,
+    novelty,
+    places,
+)
 from harness.trunk import Trunk
 
 TRAINED = ("s3d:keep=1+2:k=2:rank=4", "medusa:heads=2", "eagle:depth=2", "draft-model:layers=1")
@@ -103,6 +114,39 @@ def test_a_corpus_is_written_once_and_read_again(
     assert again.tokens == 64
 
 
+def test_a_corpus_that_was_interrupted_goes_on_and_a_damaged_one_is_written_anew(
+    loaded: weights.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    write, fail_at = corpus.write, [99]
+
+    def watched(*given: Any, **named: Any) -> Any:
+        if len(batches) == fail_at[0]:
+            raise KeyboardInterrupt
+        batches.append(named["seed"])
+        return write(*given, **named)
+
+    def make() -> corpus.Corpus:
+        trunk = Trunk(loaded.model)
+        given = {"identity": loaded.sha256, "tokens": 96, "length": 16, "batch": 2, "seed": 0}
+        return corpus.make(trunk, loaded.tokenizer, [2], **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(corpus, "write", watched)
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "whole"))
+    whole = make()
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "parts"))
+    fail_at[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    fail_at[0] = 99
+    assert make().ids_RT.equal(whole.ids_RT)
+    assert batches == [0, 2, 4, 0, 2, 4]
+    (kept,) = (tmp_path / "parts" / "corpora").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert make().greedy_RT.equal(whole.greedy_RT)
+    assert len(batches) == 9
+
+
 def test_places_have_only_greedy_tokens_after_them() -> None:
     greedy = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()
     assert places(greedy, 2).nonzero()[:, 1].tolist() == [1, 5, 6]
@@ -113,6 +157,18 @@ def test_a_place_before_repeated_text_counts_less() -> None:
     weight = novelty(ids)
     # Token 10 (a 5) ends "1 2 3 4 5" for the second time: the place before it is the only one that counts less.
     assert (weight < 1).nonzero()[:, 1].tolist() == [9]
+
+
+def test_what_repeats_is_found_wherever_it_stood_before() -> None:
+    ids = torch.randint(0, 2, (3, 60), generator=torch.Generator().manual_seed(0))
+    expected = torch.ones(3, 60)
+    for row, text in enumerate(ids.tolist()):
+        pieces = [tuple(text[start : start + REPEATED + 1]) for start in range(60 - REPEATED)]
+        for place, piece in enumerate(pieces):
+            if piece in pieces[:place]:
+                expected[row, place + REPEATED - 1] = REPEAT_WEIGHT
+    assert (expected < 1).any()
+    assert novelty(ids, rows=2).equal(expected)
 
 
 def test_a_draft_vocabulary_has_what_is_said_most_and_what_must_be_there(text: corpus.Corpus) -> None:
@@ -154,6 +210,25 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     for name, pupil in whole.pupils.items():
         for key, tensor in pupil.trainee.module.state_dict().items():
             torch.testing.assert_close(later.pupils[name].trainee.module.state_dict()[key], tensor, msg=f"{name} {key}")
+
+
+def test_whoever_asks_to_stop_gets_what_was_learned_saved(
+    loaded: weights.LoadedModel, text: corpus.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, saved = classroom(loaded, text), []
+    advance = room.advance
+
+    def interrupted() -> None:
+        advance()
+        if room.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(room, "advance", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted after step 2 of 30: the same command goes on"):
+        room.run(save=lambda: saved.append(room.step))
+    assert saved == [2]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_too_little_text_says_what_to_do(loaded: weights.LoadedModel) -> None:
@@ -257,6 +332,12 @@ def test_an_interrupted_training_goes_on_only_with_the_same_data(
 
     assert not went_on()
     assert went_on()
+    (kept,) = (tmp_path / "cache" / "unfinished").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"is damaged .* add --restart"):
+        went_on()
+    kept.write_bytes(whole)
     data.write_text(data.read_text().replace("Hi.", "Ho."))
     assert not went_on()
 

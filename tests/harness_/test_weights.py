@@ -306,6 +306,32 @@ def test_a_truncated_file_is_refused(directory: Path) -> None:
     assert "cannot be read" in refusal(lambda: load(directory))
 
 
+def test_weights_of_another_shape_are_refused(directory: Path) -> None:
+    edit(directory / "config.json", intermediate_size=32)
+    assert "other shapes than its config.json says" in refusal(lambda: load(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", "[]", "is not JSON"),
+        ("model.safetensors.index.json", "{", "is damaged"),
+        ("model.safetensors.index.json", "{}", "is damaged"),
+        ("model.safetensors.index.json", "[1]", "is damaged"),
+    ],
+)
+def test_a_damaged_description_is_refused(name: str, content: str, said: str, directory: Path) -> None:
+    if "index" in name:
+        (directory / "model.safetensors").unlink()
+    (directory / name).write_text(content)
+    assert said in refusal(lambda: load(directory))
+
+
+def test_a_configuration_of_wrong_types_is_refused(directory: Path) -> None:
+    edit(directory / "config.json", num_attention_heads="x")
+    assert "cannot read the config.json" in refusal(lambda: load(directory))
+
+
 def test_a_model_without_a_tokenizer_is_refused(directory: Path) -> None:
     for file in directory.glob("*token*"):
         file.unlink()

@@ -194,12 +194,24 @@ def test_the_hub_gets_the_bundle_as_a_data_set(published: Path, tmp_path: Path) 
     assert bundle.verify(tmp_path / "got") == []
 
 
+def test_a_data_set_that_holds_something_else_is_left_alone(published: Path) -> None:
+    with hub() as server:
+        server.repositories.add("datasets/org/name")
+        server.files = {".gitattributes": b"", "poems.txt": b"mine"}
+        done = push(published, "org/name", server.address, server.token)
+        assert done.returncode == 2
+        assert "org/name holds something else" in done.stderr
+        assert set(server.files) == {".gitattributes", "poems.txt"}
+
+
 def test_a_hub_that_says_no_is_one_line(published: Path) -> None:
     with hub() as server:
         refused = push(published, "org/name", server.address, "hf_wrong")
     nobody = push(published, "org/name", "http://127.0.0.1:9", "hf_wrong")
     misnamed = push(published, "name", "http://127.0.0.1:9", "hf_wrong")
-    for done, hint in ((refused, "allowed to write"), (nobody, "cannot reach"), (misnamed, "hf:org/name")):
+    odd = push(published, "org/-x", "http://127.0.0.1:9", "hf_wrong")
+    hints = ((refused, "allowed to write"), (nobody, "cannot reach"), (misnamed, "hf:org/name"), (odd, "no data set"))
+    for done, hint in hints:
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert hint in done.stderr
