@@ -88,7 +88,7 @@ def verify(
     shard
         `1/8` takes every eighth prompt from the first on, for eight machines at once.
     out
-        File of findings; an unfinished one goes on. Default: verify.jsonl, with the shard in its name.
+        File of greedy texts' findings; an unfinished one goes on. Default: verify.jsonl, with the shard in its name.
     read
         Decode nothing, and show these files of findings together.
     system
