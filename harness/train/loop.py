@@ -131,37 +131,27 @@ class Classroom:
 
         Raises KeyboardInterrupt, once what was learned is saved, where somebody asks to stop.
         """
-        with asked_to_stop() as stopping:
-            return self._run(on_report, evaluate_every, save, save_every_seconds, stop_after_seconds, stopping)
-
-    def _run(
-        self,
-        on_report: Callable[[Report], None],
-        evaluate_every: int,
-        save: Callable[[], None],
-        save_every_seconds: float,
-        stop_after_seconds: float | None,
-        stopping: Callable[[], bool],
-    ) -> bool:
         started = saved = time.perf_counter()
         taus: dict[str, float] = {}
-        while self.step < self.steps:
-            self.advance()
-            if stopping() and self.step < self.steps:
-                save()
-                raise KeyboardInterrupt(f"interrupted after step {self.step} of {self.steps}: the same command goes on")
-            if self.step % evaluate_every == 0 or self.step == self.steps:
-                taus = {name: agreement.tau for name, agreement in self.evaluate().items()}
-            if self.step % 10 == 0 or self.step == self.steps:
-                losses = {name: float(pupil.loss) for name, pupil in self.pupils.items()}
-                on_report(Report(self.step, self.steps, losses, taus))
-            now = time.perf_counter()
-            if now - saved > save_every_seconds:
-                save()
-                saved = now
-            if stop_after_seconds is not None and now - started > stop_after_seconds:
-                save()
-                return self.step == self.steps
+        with asked_to_stop() as stopping:
+            while self.step < self.steps:
+                self.advance()
+                if stopping() and self.step < self.steps:
+                    save()
+                    told = f"interrupted after step {self.step} of {self.steps}: the same command goes on"
+                    raise KeyboardInterrupt(told)
+                if self.step % evaluate_every == 0 or self.step == self.steps:
+                    taus = {name: agreement.tau for name, agreement in self.evaluate().items()}
+                if self.step % 10 == 0 or self.step == self.steps:
+                    losses = {name: float(pupil.loss) for name, pupil in self.pupils.items()}
+                    on_report(Report(self.step, self.steps, losses, taus))
+                now = time.perf_counter()
+                if now - saved > save_every_seconds:
+                    save()
+                    saved = now
+                if stop_after_seconds is not None and now - started > stop_after_seconds:
+                    save()
+                    return self.step == self.steps
         return True
 
     def advance(self) -> None:
