@@ -46,12 +46,12 @@ def filled(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -
     template: str = tokenizer.get_chat_template()
     if ASKS_THE_DATE in template:
         # transformers lets nobody pass a function, but a macro of this name comes before its own.
-        days = {letter: TODAY.strftime(f"%{letter}") for letter in "aAbBdmyYHIMSpj"}
+        days = {letter: TODAY.strftime(f"%{letter}") for letter in "aAbBcdDeFhHIjmMpRSTuUVwWxXyY"}
         told = "".join(
             f".replace('%{letter}', '{day}').replace('%-{letter}', '{day.lstrip('0') or '0'}')"
             for letter, day in days.items()
         )
-        template = f"{{%- macro {ASKS_THE_DATE}(form) -%}}{{{{ form{told} }}}}{{%- endmacro -%}}{template}"
+        template = f"{{%- macro {ASKS_THE_DATE}(format) -%}}{{{{ format{told} }}}}{{%- endmacro +%}}{template}"
     text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     return text
 

@@ -47,6 +47,8 @@ def _first_rounds(good: Sequence[Trial]) -> list[Trial]:
 def devices(good: Sequence[Trial]) -> Iterator[str]:
     """Trials of more than one device, as where a run went on with another one."""
     seen = dict.fromkeys((trial.device_name, trial.device_uuid) for trial in good)
+    named = {name for name, uuid in seen if uuid}
+    seen = {one: None for one in seen if one[1] or one[0] not in named}
     if len(seen) > 1:
         names = ", ".join(f"{name} {uuid}" if uuid else f"{name}" for name, uuid in seen)
         yield (

@@ -338,7 +338,8 @@ class Run:
     def missing_trials(self) -> int:
         """How many of those that were planned have no row, as far as the run's own rows tell its turns."""
         turns = max(len({(trial.prompt_id, trial.turn) for trial in self.rows}), self.manifest.prompts)
-        return max(0, turns * self.manifest.rounds * len(self.manifest.cells) - len({trial.key for trial in self.rows}))
+        rounds = max(self.manifest.rounds, self.measured_rounds)
+        return max(0, turns * rounds * len(self.manifest.cells) - len({trial.key for trial in self.rows}))
 
     def __hash__(self) -> int:
         """Cheap, so that what is derived from a run can be kept for the next who asks."""

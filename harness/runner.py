@@ -118,10 +118,12 @@ def _until_precise(
             _work([job], plan, directory / "workers", on_event)
         now, run = time.monotonic(), read_run(directory)
         longest = max(longest, now - started)
-        manifest.rounds = 1 + max(row.round for row in run.rows)
+        done = 1 + max(row.round for row in run.rows)
+        manifest.rounds = max(done, plan.fewest_rounds)  # what whoever interrupts it had planned at least
         write_manifest(directory, manifest)
-        if why := pace.ended(manifest.rounds, metrics.summary(run), now - began, longest):
+        if why := pace.ended(done, metrics.summary(run), now - began, longest):
             break
+    manifest.rounds = done
     manifest.preliminary |= manifest.rounds < PUBLISHABLE_ROUNDS
     manifest.warnings = [line for line in manifest.warnings if not line.startswith(ROUNDS_ENDED)]
     manifest.warnings += [f"{ROUNDS_ENDED} {why}."] if why and not why.startswith("precise") else []

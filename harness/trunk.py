@@ -84,6 +84,9 @@ class Trunk:
         AttentionInterface.register(INTERFACE, attend_view)
         self.model = model
         self.config = model.config
+        if self.config.model_type == "llama" and getattr(self.config, "sliding_window", None) is not None:
+            # Its layers mask none, but transformers' own cache would drop keys: the reference must be the layers' text.
+            self.config.sliding_window = None
         self.body = model.model
         self.head_module: nn.Module = model.get_output_embeddings()
         self.layers: list[Any] = list(self.body.layers)
@@ -234,8 +237,8 @@ def _rotations(config: Any) -> list[dict[str, Any]]:
 
 
 def _windows(config: Any, depth: int) -> dict[int, int] | None:
-    """Sliding window of each layer that has one. transformers' Llama has none, whatever its configuration says."""
-    window = None if config.model_type == "llama" else getattr(config, "sliding_window", None)
+    """Sliding window of each layer that has one."""
+    window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * depth

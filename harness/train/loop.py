@@ -286,7 +286,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    before = {number: signal.signal(number, ask) for number in stops if number is not None}
     try:
         yield lambda: bool(asked)
     finally:

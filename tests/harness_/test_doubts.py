@@ -43,6 +43,8 @@ def test_trials_of_two_devices() -> None:
     ]
     (line,) = raised(*half)
     assert "measured on 2 devices (NVIDIA H200 GPU-0, NVIDIA H200 GPU-1)" in line
+    untold = [msgspec.structs.replace(each, device_uuid=None if each.round else "GPU-0") for each in half]
+    assert raised(*untold) == []
 
 
 @pytest.mark.parametrize(("speeds", "word"), [((1.0, 0.97, 0.94, 0.91), "slower"), ((1.0, 1.03, 1.06, 1.1), "faster")])

@@ -67,6 +67,8 @@ def test_a_run_that_was_cut_short_says_so_and_tells_the_rounds_that_it_has(tmp_p
     cut = dataclasses.replace(whole, rows=tuple(row for row in whole.rows if row.round == 0))
     assert "2 of 4 planned trials are missing" in " ".join(warnings(cut, summary(cut)))
     assert "over 1 round." in render([cut])
+    early = dataclasses.replace(whole, manifest=msgspec.structs.replace(whole.manifest, rounds=1), rows=whole.rows[:3])
+    assert "1 of 4 planned trials are missing" in " ".join(warnings(early, summary(early)))
 
 
 def test_unknown_fields_are_kept(tmp_path: Path) -> None:

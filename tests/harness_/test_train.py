@@ -212,8 +212,9 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(
             torch.testing.assert_close(later.pupils[name].trainee.module.state_dict()[key], tensor, msg=f"{name} {key}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whoever_asks_to_stop_gets_what_was_learned_saved(
-    loaded: weights.LoadedModel, text: corpus.Corpus, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, loaded: weights.LoadedModel, text: corpus.Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room, saved = classroom(loaded, text), []
     advance = room.advance
@@ -221,14 +222,14 @@ def test_whoever_asks_to_stop_gets_what_was_learned_saved(
     def interrupted() -> None:
         advance()
         if room.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(room, "advance", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match=r"interrupted after step 2 of 30: the same command goes on"):
         room.run(save=lambda: saved.append(room.step))
     assert saved == [2]
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
 
 
 def test_too_little_text_says_what_to_do(loaded: weights.LoadedModel) -> None:

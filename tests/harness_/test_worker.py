@@ -441,11 +441,11 @@ def test_the_users_own_openmp_settings_stay(setting: str, monkeypatch: pytest.Mo
 
 def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_every_day(tmp_path: Path) -> None:
     model = tiny_chat.save(tmp_path / "dated")
-    dated = "{%- set day = strftime_now('%A, %-d %B %Y') -%}\n{{ day }}. {{ messages[0].content }}"
+    dated = "\n{%- set day = strftime_now(format='%A, %-d %B %Y, %F') %} {{ day }}. {{ messages[0].content }}"
     (model / "chat_template.jinja").write_text(dated)
     tokenizer = weights.load(ModelSource("dated", str(model), "local"), Bits(32), device="cpu").tokenizer
     ids = dialogue.encode(tokenizer, ["Hello."], [], system=None, raw=False)
-    assert tokenizer.decode(ids) == "Friday, 26 July 2024. Hello."
+    assert tokenizer.decode(ids) == " Friday, 26 July 2024, 2024-07-26. Hello."
 
 
 def test_a_tokenizer_without_a_chat_template_asks_for_raw(tmp_path: Path) -> None:
