@@ -6,9 +6,7 @@ import errno
 import gc
 import os
 import shlex
-import signal
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from cyclopts.validators import Number
 
 from harness.errors import UserError
 from harness.paths import may_be_file
+from harness.signals import STOPS, handled
 
 if TYPE_CHECKING:
     from harness.metrics import Row
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from harness.results import Run
 
 NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-STOPS = ("SIGTERM", "SIGHUP")
 WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 app = App(
@@ -70,15 +68,8 @@ def _stoppable() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+    with handled(STOPS, stop):
         yield
-        return
-    before = {number: signal.signal(number, stop) for name in STOPS if (number := getattr(signal, name, None))}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _at_least(least: float, help: str) -> Parameter:

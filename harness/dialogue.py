@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -45,15 +46,20 @@ def filled(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -
     """The text of a conversation in the tokenizer's chat template, where it is always TODAY."""
     template: str = tokenizer.get_chat_template()
     if ASKS_THE_DATE in template:
-        # transformers lets nobody pass a function, but a macro of this name comes before its own.
-        days = {letter: TODAY.strftime(f"%{letter}") for letter in "aAbBcdDeFhHIjmMpRSTuUVwWxXyY"}
-        told = "".join(
-            f".replace('%{letter}', '{day}').replace('%-{letter}', '{day.lstrip('0') or '0'}')"
-            for letter, day in days.items()
-        )
-        template = f"{{%- macro {ASKS_THE_DATE}(format) -%}}{{{{ format{told} }}}}{{%- endmacro +%}}{template}"
+        template = _telling_today() + template
     text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     return text
+
+
+@cache
+def _telling_today() -> str:
+    """A macro of the name by which templates ask: it comes before transformers' function, which none can replace."""
+    days = {letter: TODAY.strftime(f"%{letter}") for letter in "aAbBcdDeFhHIjmMpRSTuUVwWxXyY"}
+    told = "".join(
+        f".replace('%{letter}', '{day}').replace('%-{letter}', '{day.lstrip('0') or '0'}')"
+        for letter, day in days.items()
+    )
+    return f"{{%- macro {ASKS_THE_DATE}(format) -%}}{{{{ format{told} }}}}{{%- endmacro +%}}"
 
 
 def padded(tokenizer: Any, ids: list[int], filler: Sequence[str], context: int) -> list[int]:

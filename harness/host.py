@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,24 +110,26 @@ def nvidia_devices() -> list[dict[str, Any]]:
         pynvml.nvmlInit()
     except Exception:  # no package, no driver, or one that it cannot talk to: no NVIDIA devices to tell of
         return []
-
-    def asked(question: Callable[..., Any], *about: Any) -> Any:
-        try:
-            return question(*about)
-        except pynvml.NVMLError:  # what a device does not tell, as where it shares the host's memory
-            return None
-
-    driver = asked(pynvml.nvmlSystemGetDriverVersion)
+    driver = nvml_answer(pynvml, "nvmlSystemGetDriverVersion")
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     return [
         {
-            "name": asked(pynvml.nvmlDeviceGetName, handle),
-            "uuid": asked(pynvml.nvmlDeviceGetUUID, handle),
-            "memory_bytes": getattr(asked(pynvml.nvmlDeviceGetMemoryInfo, handle), "total", None),
+            "name": nvml_answer(pynvml, "nvmlDeviceGetName", handle),
+            "uuid": nvml_answer(pynvml, "nvmlDeviceGetUUID", handle),
+            "memory_bytes": getattr(nvml_answer(pynvml, "nvmlDeviceGetMemoryInfo", handle), "total", None),
             "driver": driver,
         }
         for handle in handles
     ]
+
+
+def nvml_answer(library: Any, question: str, *arguments: Any) -> Any:
+    """The answer, or None where this device or driver has none: the memory of a GPU that shares the host's, clocks of a
+    MIG instance."""
+    try:
+        return getattr(library, question)(*arguments)
+    except (library.NVMLError, AttributeError):
+        return None
 
 
 def git_commit(directory: Path) -> str | None:

@@ -276,11 +276,7 @@ class Nvml:
         return None
 
     def _asked(self, question: str, *arguments: Any) -> Any:
-        """The answer, or None where this device or driver has none (a MIG instance has no clocks of its own)."""
-        try:
-            return getattr(self.library, question)(self.handle, *arguments)
-        except (self.library.NVMLError, AttributeError):
-            return None
+        return host.nvml_answer(self.library, question, self.handle, *arguments)
 
     def state(self) -> DeviceState:
         core, memory = (

@@ -335,11 +335,15 @@ class Run:
         return len({trial.round for trial in self.rows}) or self.manifest.rounds
 
     @property
-    def missing_trials(self) -> int:
-        """How many of those that were planned have no row, as far as the run's own rows tell its turns."""
+    def planned_trials(self) -> int:
+        """As far as the run's own rows tell its turns."""
         turns = max(len({(trial.prompt_id, trial.turn) for trial in self.rows}), self.manifest.prompts)
-        rounds = max(self.manifest.rounds, self.measured_rounds)
-        return max(0, turns * rounds * len(self.manifest.cells) - len({trial.key for trial in self.rows}))
+        return turns * max(self.manifest.rounds, self.measured_rounds) * len(self.manifest.cells)
+
+    @property
+    def missing_trials(self) -> int:
+        """How many of those that were planned have no row."""
+        return max(0, self.planned_trials - len({trial.key for trial in self.rows}))
 
     def __hash__(self) -> int:
         """Cheap, so that what is derived from a run can be kept for the next who asks."""
@@ -376,13 +380,8 @@ def read_trials(path: Path) -> Iterator[tuple[Trial, dict[str, Any]] | None]:
     for line in path.read_bytes().split(b"\n"):
         if not line.strip():
             continue
-        try:
-            raw = msgspec.json.decode(line)
-            trial = msgspec.convert(raw, Trial)
-        except UNREADABLE:
-            yield None
-        else:
-            yield (trial, raw) if trial.adds_up else None
+        trial = _trial(line)
+        yield None if trial is None else (trial, msgspec.json.decode(line))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -488,12 +487,17 @@ def _manifest_of(trials: Sequence[Trial]) -> Manifest:
 
 def _typed(path: Path) -> Iterator[Trial | None]:
     """`read_trials` without the raw dicts: of a hundred thousand lines they would fill the memory."""
-    decoder = msgspec.json.Decoder(Trial)
     with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
-            try:
-                trial = decoder.decode(line)
-            except UNREADABLE:
-                yield None
-            else:
-                yield trial if trial.adds_up else None
+        yield from map(_trial, filter(bytes.strip, file))
+
+
+_DECODER = msgspec.json.Decoder(Trial)
+
+
+def _trial(line: bytes) -> Trial | None:
+    """None for what is no trial, or none that could have been measured."""
+    try:
+        trial = _DECODER.decode(line)
+    except UNREADABLE:
+        return None
+    return trial if trial.adds_up else None

@@ -395,7 +395,7 @@ def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...
     aux = "eagle_aux_hidden_state_layer_ids"
     named = stored.get("taps") or stored.get(aux) or (stored.get("eagle_config") or {}).get(aux)
     if named is None:
-        return tuple(tap % (depth + 1) for tap in (2, depth // 2, depth - 3))
+        return default_taps(depth)
     # speculators name either the inputs of layers or the layers themselves; a first id of 1 means the latter.
     if len(named) != 3:
         raise ValueError(
@@ -403,6 +403,11 @@ def _taps(stored: dict[str, Any], depth: int, generation: int) -> tuple[int, ...
         )
     shift = 1 if "taps" not in stored and named[0] == 1 else 0
     return tuple(tap + shift for tap in named)
+
+
+def default_taps(depth: int) -> tuple[int, ...]:
+    """EAGLE-3's own, which in fewer than four layers count past an end and on from the other."""
+    return tuple(tap % (depth + 1) for tap in (2, depth // 2, depth - 3))
 
 
 def _flat(stored: dict[str, Any]) -> dict[str, Any]:
@@ -437,8 +442,7 @@ class EagleTrainee(Distilled):
 
     def __init__(self, trunk: Trunk, options: EagleOptions, vocabulary_V: Tensor | None) -> None:
         self.trunk, self.vocabulary_V, self.depths = trunk, vocabulary_V, options.depth
-        # EAGLE-3's own, which in fewer than four layers count past an end and on from the other.
-        self.taps = tuple(tap % (trunk.depth + 1) for tap in (2, trunk.depth // 2, trunk.depth - 3))
+        self.taps = default_taps(trunk.depth)
         self.module = self.layer = Layer(draft_config(trunk), 3).to(trunk.device)
         self.head = DraftHead(trunk, vocabulary_V)
 

@@ -161,12 +161,14 @@ def _cloud(
         for ink in ({"color": PAPER, "stroke": PAPER, "strokeWidth": 3}, {"color": INK})
     ]
     shown = points.encode(x=x, y=y, color=_color(rows), shape=_shape(rows))
-    behind = [*(_rays(rays, x, y) if len(rays) else ()), *marks, *([ties] if len(tied) else ())]
+    behind = [*_rays(rays, x, y), *marks, *([ties] if len(tied) else ())]
     return alt.layer(*behind, rings.encode(x=x, y=y), shown, *names, width=width, height=height)
 
 
 def _rays(lines: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """Dotted lines, each from its row without `end` to its row with it, where its name stands."""
+    """Dotted lines, each from its row without `end` to its row with it, where its name stands; none for no rows."""
+    if lines.empty:
+        return []
     drawn = alt.Chart(lines).mark_line(color=MUTED, strokeDash=[2, 4], strokeWidth=1)
     align, dx, dy = RAY_NAME
     names = alt.Chart(lines[lines.end]).mark_text(color=MUTED, fontSize=10, align=align, dx=dx, dy=dy)

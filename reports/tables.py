@@ -151,7 +151,7 @@ def _terminal_table(target: str, group: Sequence[Row], width: int) -> Table:
 
 
 def _terminal_record(row: Row) -> dict[str, str]:
-    word = direction(row.speedup).partition(" (")[0] if row.speedup else ""
+    word = side_of_one(row.speedup) if row.speedup else ""
     word = "unclear" if word == "no clear difference" else word
     return {
         "method": plain(row.cell.label),
@@ -262,13 +262,13 @@ def speedup(row: Row) -> str:
 
 
 def direction(interval: Interval) -> str:
-    """The word beside a speed-up. What reads as 1.00 is neither faster nor slower, however sure that is."""
-    if interval.low is None or interval.high is None:
-        return f"{_side_of_one(interval.value, interval.value)} (one round: no interval)"
-    return _side_of_one(interval.low, interval.high)
+    """The word beside a speed-up."""
+    return side_of_one(interval) + " (one round: no interval)" * (interval.low is None or interval.high is None)
 
 
-def _side_of_one(low: float, high: float) -> str:
+def side_of_one(interval: Interval) -> str:
+    """What reads as 1.00 is neither faster nor slower, however sure that is."""
+    low, high = (interval.value if end is None else end for end in (interval.low, interval.high))
     return "faster" if round(low, 2) > 1 else "slower" if round(high, 2) < 1 else "no clear difference"
 
 
@@ -309,7 +309,7 @@ def warnings(run: Run, rows: Sequence[Row]) -> list[str]:
         lines.append(f"{count} trial{'s' * (count != 1)} failed: counted nowhere and listed under the table.")
     lines += throttled(run)
     if missing := run.missing_trials:
-        of = f"{missing} of {missing + len({trial.key for trial in run.rows})} planned trials"
+        of = f"{missing} of {run.planned_trials} planned trials"
         lines.append(f"{of} are missing: the run was cut short; run it again to resume.")
     if run.manifest.isolation != "round":
         lines.append(

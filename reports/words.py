@@ -11,7 +11,18 @@ from harness.metrics import GIB, Row
 from harness.results import Cell, Quality, Run, Training
 from harness.stats import Interval
 from reports.parts import Parts
-from reports.tables import bits_name, direction, gib, grouped, number, pareto, plain, target_name, times
+from reports.tables import (
+    bits_name,
+    direction,
+    gib,
+    grouped,
+    number,
+    pareto,
+    plain,
+    side_of_one,
+    target_name,
+    times,
+)
 
 MOST_NAMES = 6
 UNFAITHFUL = ("lossy_by_design", "diverged", "differs")
@@ -128,7 +139,7 @@ def inflated(rows: Sequence[Row]) -> bool:
 def _fastest(best: Row, rivals: Sequence[Row]) -> str:
     label, interval = plain(best.cell.label), best.speedup
     assert interval is not None
-    if direction(interval).startswith("no clear difference"):
+    if side_of_one(interval) == "no clear difference":
         leads = "leads" if interval.value > 1 else "comes nearest"
         return f"nothing is clearly faster than plain decoding; {label} {leads} at {_sure(interval)}"
     if interval.value <= 1:
@@ -143,8 +154,9 @@ def _most_per_gib(row: Row, fastest: Row) -> str:
     relative = row.per_gib_relative
     assert relative is not None
     sure = _sure(relative, " the baseline's")
-    if relative.value <= 1 or direction(relative).startswith("no clear difference"):
-        clearly = "" if direction(relative).startswith("slower") else "clearly "
+    side = side_of_one(relative)
+    if relative.value <= 1 or side == "no clear difference":
+        clearly = "" if side == "slower" else "clearly "
         return f"none {clearly}gives more tok/s per GiB than plain decoding (best: {plain(row.cell.label)}, {sure})"
     who = "it also" if row is fastest else plain(row.cell.label)
     return f"{who} gives the most tok/s per GiB, {number(row.tokens_per_second_per_gib, 1)}, {sure}"

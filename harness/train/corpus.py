@@ -214,7 +214,7 @@ def make(
                 f"writing text to learn from ({rate:,.0f} tokens/s)", (first + size * step / length) / sequences
             )
 
-        written = write(
+        batch_ids, batch_greedy = write(
             trunk,
             template,
             end_ids,
@@ -225,14 +225,13 @@ def make(
             begun=None if first_turns else share,
             on_step=tell,
         )
-        parts[own] = Corpus(*written, time.perf_counter() - started, meters.device_name(trunk.device))
+        seconds, device = time.perf_counter() - started, meters.device_name(trunk.device)
+        parts[own] = Corpus(batch_ids, batch_greedy, seconds, device)
         if size < sequences:
             save(own, parts[own])
-    all_ids, all_greedy = (
-        torch.cat([getattr(part, name) for part in parts.values()]) for name in ("ids_RT", "greedy_RT")
-    )
-    seconds = sum(part.seconds for part in parts.values())
-    corpus = Corpus(all_ids, all_greedy, seconds, meters.device_name(trunk.device))
+    written = list(parts.values())
+    ids_RT, greedy_RT = torch.cat([part.ids_RT for part in written]), torch.cat([part.greedy_RT for part in written])
+    corpus = Corpus(ids_RT, greedy_RT, sum(part.seconds for part in written), meters.device_name(trunk.device))
     save(path, corpus)
     for own in parts:
         own.unlink(missing_ok=True)

@@ -6,8 +6,6 @@ apart. Shape letters: `harness.lesson`.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from harness.attention import CacheView
 from harness.cache import KVCache
 from harness.errors import UserError
 from harness.lesson import Lesson, Trainee
+from harness.signals import STOPS, handled
 from harness.train.corpus import Corpus
 from harness.trunk import DraftHead, Trunk
 
@@ -283,16 +282,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
-        yield lambda: False
-        return
-    stops = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    before = {number: signal.signal(number, ask) for number in stops if number is not None}
-    try:
+    with handled(("SIGINT", *STOPS), ask):
         yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _attention_flops(query: Tensor, keys: Tensor, *_: Any, **__: Any) -> int:
